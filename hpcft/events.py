@@ -1,0 +1,533 @@
+"""The vocabulary: everything that can happen to a run, and everything a leader can tell an agent.
+
+Theory of operation
+-------------------
+*Events* are facts. Edges (streams, workers, Slurm, signals, the clock) turn what they see into one of the small
+frozen records below; the leader's loop applies each to its `World` and asks the policy what follows. What the
+policy decided comes back as an event as well (`Decided`), so that the journal is a list of events and replaying
+it rebuilds the world.
+
+*Orders* are what the leader sends to an agent over its stream. An agent obeys an order only from the highest
+term it has promised itself to (see `membership`).
+
+Both unions are closed: `match` with `assert_never` makes a new kind without a consequence fail to type-check.
+Nothing in here reads a clock; where a time is needed it is an argument of whoever applies the event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
+
+# --- values that events and orders are made of ---
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One node's share of a world: `workers` ranks from `first_rank` on."""
+
+    node: NodeId
+    incarnation: Incarnation
+    address: str
+    workers: int
+    first_rank: Rank
+
+    def ranks(self) -> range:
+        return range(self.first_rank, self.first_rank + self.workers)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    """A committed checkpoint. Generation and step together are its name, so a late writer can never replace one."""
+
+    step: Step
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Formation:
+    """A world as it is proposed to its members: who holds which ranks, and from which state they start."""
+
+    term: Term
+    generation: Generation
+    members: tuple[Member, ...]
+    restore: CheckpointRef | None
+    nonce: str
+    """Names the temporary directories of this generation's checkpoints (8 hex digits)."""
+
+    @property
+    def world_size(self) -> int:
+        return sum(member.workers for member in self.members)
+
+    def member(self, node: NodeId) -> Member | None:
+        return next((member for member in self.members if member.node == node), None)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What a node says of one of its workers, for people to read."""
+
+    rank: Rank
+    pid: int
+    phase: str
+    step: Step
+    step_age: float | None
+    """Seconds since its last completed step, on its node's clock."""
+    loss: float | None
+    steps_per_second: float | None
+    tokens: int | None
+    """Of its last step, if the program counts them."""
+
+
+class FailureKind(StrEnum):
+    """How a worker failed. Decides which budget pays for it."""
+
+    KILLED = "killed"
+    """By a signal: infrastructure, unless it happens again at the same step."""
+    EXCEPTION = "exception"
+    """An uncaught exception of the training code."""
+    COLLECTIVE = "collective"
+    """A collective failed because a peer went: the consequence of another failure, never a cause."""
+    EXIT = "exit"
+    """A non-zero exit status without a word."""
+    FENCED = "fenced"
+    """Its node's lease ran out: the node was cut off or its agent stopped."""
+    DAMAGED = "damaged"
+    """The checkpoint it was to start from failed its verification there."""
+    UNREADABLE = "unreadable"
+    """Its node could not read the checkpoint (an I/O error, a permission): that is the node's, not the checkpoint's."""
+    STUCK = "stuck"
+    """Did not go after SIGKILL (uninterruptible sleep)."""
+    START = "start"
+    """Could not be started at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What is known of one worker's failure; `what` is the sentence an operator reads."""
+
+    kind: FailureKind
+    what: str
+    step: Step
+    where: str = ""
+    """`file:line` of the user's innermost frame, where there is one."""
+    tail: tuple[str, ...] = ()
+    """The worker's last output lines."""
+
+    def signature(self) -> tuple[str, str, str]:
+        """Two failures with the same signature at the same step are the same bug."""
+        return (self.kind, self.what, self.where)
+
+
+class Termination(StrEnum):
+    """Why the run has to leave its allocation."""
+
+    TIME_LIMIT = "time limit"
+    PREEMPTED = "preempted"
+    REQUEUED = "requeued"
+    """Somebody else asked Slurm to requeue the job: it is going to happen whatever we do."""
+    CANCELLED = "cancelled"
+
+
+class Outcome(StrEnum):
+    """How one start of a run ended."""
+
+    FINISHED = "finished"
+    REQUEUED = "requeued"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The end of one start: what every agent, the batch script and `hpcft status` report."""
+
+    outcome: Outcome
+    exit_code: int
+    reason: str
+
+
+# --- events: what the leader's loop is fed with ---
+
+
+@dataclass(frozen=True, slots=True)
+class TermBegan:
+    """This agent leads. First event of every journal; `nodes` are those of the allocation."""
+
+    run: RunId
+    term: Term
+    node: NodeId
+    incarnation: Incarnation
+    allocation: str
+    nodes: tuple[NodeId, ...]
+    takeover: bool
+    """The previous term belonged to the same allocation and was not released: its leader is lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointsFound:
+    """The checkpoints this term may start from, oldest first: the lineage, as far as it is on disk."""
+
+    checkpoints: tuple[CheckpointRef, ...]
+    branch: str = ""
+    """Why the newest is not the newest on disk: an operator's `--from`."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeJoined:
+    """An agent's first words. It says so only after the workers of its node's earlier lives are gone."""
+
+    node: NodeId
+    incarnation: Incarnation
+    address: str
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeHeard:
+    """A heartbeat that the leader had not seen yet."""
+
+    node: NodeId
+    incarnation: Incarnation
+    generation: Generation
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamClosed:
+    """The agent's connection is gone. Its workers may live on until its lease ends."""
+
+    node: NodeId
+    incarnation: Incarnation
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersVanished:
+    """The kernel closed the lifeline: no process that could train is left of this incarnation."""
+
+    node: NodeId
+    incarnation: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class KeeperVanished:
+    """The node line closed: pool and keeper are gone too, nobody will restart the agent."""
+
+    node: NodeId
+    incarnation: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class WorldAcknowledged:
+    """The node has ended all workers of earlier generations and refuses every lower generation from now on."""
+
+    node: NodeId
+    incarnation: Incarnation
+    term: Term
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class WorldRefused:
+    """The node had promised itself to a higher term or generation."""
+
+    node: NodeId
+    incarnation: Incarnation
+    promised_term: Term
+    promised_generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRenewed:
+    """The leader's claim on its term has reached the run directory (at a time after it was asked for)."""
+
+    term: Term
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersReady:
+    """All workers of the node hold their state and may take their first step."""
+
+    node: NodeId
+    generation: Generation
+    counts_steps: bool = True
+    """False for plain commands: of their steps nothing is known, so they count as resumed when started."""
+    total_steps: Step | None = None
+    """How many steps the program means to make, if it said so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """The lowest step completed by all workers of the node."""
+
+    node: NodeId
+    generation: Generation
+    step: Step
+    loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReported:
+    """The state of a node's workers, about once a second. Nothing is decided by it."""
+
+    node: NodeId
+    generation: Generation
+    workers: tuple[WorkerReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailed:
+    node: NodeId
+    incarnation: Incarnation
+    generation: Generation
+    rank: Rank
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReturned:
+    """The training function of this rank returned (or its command exited with 0), after `step` steps."""
+
+    node: NodeId
+    generation: Generation
+    rank: Rank
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStopped:
+    """The rank ended as ordered, after its part of the last checkpoint."""
+
+    node: NodeId
+    generation: Generation
+    rank: Rank
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointCommitted:
+    checkpoint: CheckpointRef
+    seconds: float
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointsRetired:
+    """Retention has deleted these."""
+
+    checkpoints: tuple[CheckpointRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFailed:
+    """A save that did not become a checkpoint. Training goes on."""
+
+    step: Step
+    generation: Generation
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDamaged:
+    """The leader has read it itself: it is not what was committed, and it was set aside."""
+
+    checkpoint: CheckpointRef
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointKept:
+    """The leader did not find the damage that a rank has reported: the trouble is that rank's node's."""
+
+    checkpoint: CheckpointRef
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class TerminationAsked:
+    why: Termination
+    seconds_left: float
+    """How long the workers may still take; the agents need a little time after them."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """An operator's command."""
+
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequeueAccepted:
+    """Slurm took the requeue: it ends this start within KillWait."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequeueRefused:
+    """Slurm did not take the requeue."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time went by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What the policy made of an event, with its sentence."""
+
+    actions: tuple[Action, ...]
+    reason: str
+
+
+# --- actions: what a decision asks the edges to do ---
+
+
+@dataclass(frozen=True, slots=True)
+class Propose:
+    """Ask all nodes to end their workers and to promise themselves to this world."""
+
+    formation: Formation
+    action: Literal["propose"] = "propose"
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Acknowledged by all members and a quorum: workers may start."""
+
+    generation: Generation
+    action: Literal["commit"] = "commit"
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Forget the node's incarnation and close its stream; its lease is over."""
+
+    node: NodeId
+    incarnation: Incarnation
+    action: Literal["evict"] = "evict"
+
+
+@dataclass(frozen=True, slots=True)
+class SaveAndStop:
+    """Let every rank save at the same near step and stop there."""
+
+    generation: Generation
+    action: Literal["save-and-stop"] = "save-and-stop"
+
+
+@dataclass(frozen=True, slots=True)
+class HaltWorkers:
+    """End the workers of a generation that will not be followed by another: TERM, grace, KILL."""
+
+    generation: Generation
+    action: Literal["halt"] = "halt"
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """Read a checkpoint that a rank found damaged; if it is, rename it aside, so that it is never offered again."""
+
+    checkpoint: CheckpointRef
+    detail: str
+    action: Literal["quarantine"] = "quarantine"
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """Give the job back to Slurm's queue."""
+
+    reason: str
+    action: Literal["requeue"] = "requeue"
+
+
+@dataclass(frozen=True, slots=True)
+class Conclude:
+    """Write the verdict, release the term, let all agents end with its exit code."""
+
+    verdict: Verdict
+    action: Literal["conclude"] = "conclude"
+
+
+Action: TypeAlias = Propose | Commit | Evict | SaveAndStop | HaltWorkers | Quarantine | Requeue | Conclude
+
+Event: TypeAlias = (
+    TermBegan
+    | CheckpointsFound
+    | NodeJoined
+    | NodeHeard
+    | StreamClosed
+    | WorkersVanished
+    | KeeperVanished
+    | WorldAcknowledged
+    | WorldRefused
+    | LeaseRenewed
+    | WorkersReady
+    | Progressed
+    | NodeReported
+    | WorkerFailed
+    | WorkerReturned
+    | WorkerStopped
+    | CheckpointCommitted
+    | CheckpointsRetired
+    | CheckpointFailed
+    | CheckpointDamaged
+    | CheckpointKept
+    | TerminationAsked
+    | StopAsked
+    | RequeueAccepted
+    | RequeueRefused
+    | Ticked
+    | Decided
+)
+
+# --- orders: what the leader sends to an agent ---
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    formation: Formation
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    term: Term
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """The heartbeat `sequence` was read: the lease runs from the moment it was sent."""
+
+    term: Term
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class OrderSave:
+    term: Term
+    generation: Generation
+    step: Step
+    stop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    term: Term
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The verdict; the agent ends its workers and itself."""
+
+    term: Term
+    verdict: Verdict
+
+
+Order: TypeAlias = Prepare | Start | Confirm | OrderSave | Halt | End

@@ -1,0 +1,472 @@
+"""What to do, and why.
+
+Theory of operation
+-------------------
+`decide(world, rules, now)` looks at the world as it is and returns what should happen next, with one sentence
+for the operator. It is *level-triggered*: every event has already been folded into the world by `world.apply`,
+so the same picture always leads to the same decision, however it came about; an event that was missed, doubled
+or seen late cannot strand the run, because the next tick asks again. (Why not one rule per event:
+docs/decisions/0002-level-triggered-policy.md.)
+
+The guards stand in order of priority, each with its sentence. The recovery ladder is climbed from the cheapest
+rung that works: all workers again on the same nodes, the remaining nodes, the queue, and in the end a stop that
+says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from hpcft.errors import ExitCode
+from hpcft.events import (
+    Action,
+    CheckpointDamaged,
+    CheckpointKept,
+    CheckpointRef,
+    Commit,
+    Conclude,
+    Decided,
+    Evict,
+    FailureKind,
+    Formation,
+    HaltWorkers,
+    Member,
+    Outcome,
+    Propose,
+    Quarantine,
+    Requeue,
+    SaveAndStop,
+    Termination,
+    Verdict,
+)
+from hpcft.ids import Generation, Rank
+from hpcft.membership import Timing, takes_effect
+from hpcft.units import human_duration
+from hpcft.world import Budget, Node, Phase, World
+
+NOTHING = Decided((), "")
+
+CAUSE_SECONDS = 0.5
+"""Where all that is known is a broken collective, its cause is waited for: a core dump delays the report of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The configured limits. Seconds where not said otherwise."""
+
+    timing: Timing
+    minimum_nodes: int
+    multiple_of: int = 1
+    """The world size is a multiple of this."""
+    join_timeout: float = 60.0
+    rejoin_timeout: float = 10.0
+    """How long a node whose agent died, but whose keeper lives, is waited for."""
+    budgets: tuple[tuple[Budget, int], ...] = ()
+    window: float = 3600.0
+    backoff: float = 1.0
+    backoff_max: float = 60.0
+    no_progress_generations: int = 3
+    strikes: int = 3
+    """Infrastructure failures within the window after which a node is left out, if enough others are there."""
+    saves: bool = True
+    """The program writes checkpoints with hpcft (a plain command does not)."""
+    requeue: bool = True
+    stop_within: float = 60.0
+    """How long an operator's stop waits for the last checkpoint."""
+
+
+def decide(world: World, rules: Rules, now: float) -> Decided:
+    """The next thing to do, or `NOTHING`."""
+    if world.phase is Phase.ENDED:
+        return NOTHING
+    gone = _gone(world, rules, now)
+    if gone:
+        actions = tuple(Evict(node.id, node.incarnation) for node, _ in gone)
+        return Decided(actions, "; ".join(why for _, why in gone))
+    if world.requeue_asked:
+        return _after_requeue(world)
+    finished = _finish(world, rules)
+    if finished.actions:
+        return finished  # nothing is left to do, whoever asks for what
+    leaving = _termination(world, rules, now)
+    if leaving is not None:
+        return leaving
+    if world.takeover and world.node(world.lost_leader) is None:
+        # only its agent may have died: then its keeper brings it back
+        if now < world.term_since + rules.rejoin_timeout:
+            return NOTHING
+        return _leave(world, rules, now, f"{world.lost_leader}, the leader's node, is lost")
+    match world.phase:
+        case Phase.GATHERING:
+            return _gather(world, rules, now)
+        case Phase.FORMING:
+            return _form(world, rules, now)
+        case Phase.RUNNING:
+            return _run(world, rules, now)
+        case Phase.LEAVING:
+            return NOTHING
+
+
+def silence(node: Node, now: float) -> float:
+    """Seconds since the leader last heard of the node, on the leader's own clock."""
+    return now - node.heard_at
+
+
+def suspects(world: World, rules: Rules, now: float) -> tuple[Node, ...]:
+    """Nodes that may be gone. No world is formed with them, and none against them, until that is known."""
+    return tuple(
+        node
+        for node in world.nodes
+        if not node.connected or node.workers_gone or silence(node, now) >= rules.timing.suspect
+    )
+
+
+def _gone(world: World, rules: Rules, now: float) -> list[tuple[Node, str]]:
+    """Incarnations that certainly train no longer, each with the evidence."""
+    gone = []
+    for node in world.nodes:
+        quiet = silence(node, now)
+        if node.workers_gone and node.keeper_gone:
+            gone.append((node, f"{node.id} is gone: all its processes have ended"))
+        elif node.workers_gone:
+            # nothing is left that a lease could protect from, and its keeper starts another agent
+            if now - node.gone_at >= rules.rejoin_timeout:
+                why = f"its agent ended and did not come back in {human_duration(rules.rejoin_timeout)}"
+                gone.append((node, f"{node.id} is lost: {why}"))
+        elif quiet >= rules.timing.timeout:
+            gone.append((node, f"{node.id} is lost: no heartbeat for {human_duration(quiet)}, so its lease is over"))
+    return gone
+
+
+def _gather(world: World, rules: Rules, now: float) -> Decided:
+    present = _candidates(world, rules, now)
+    waited = now - world.phase_since
+    missing = [node for node in world.expected if world.node(node) is None]
+    if len(world.expected) < rules.minimum_nodes:
+        return _stop(
+            ExitCode.BELOW_MINIMUM,
+            f"the allocation has {_count(len(world.expected), 'node')}, nodes.min asks for {rules.minimum_nodes}",
+        )
+    if missing and waited < rules.join_timeout:
+        return NOTHING
+    if suspects(world, rules, now):
+        return NOTHING
+    if len(present) < rules.minimum_nodes:
+        if waited < rules.join_timeout:
+            return NOTHING
+        return _leave(
+            world,
+            rules,
+            now,
+            f"only {len(present)} of {len(world.expected)} nodes came within {human_duration(rules.join_timeout)}, "
+            f"nodes.min is {rules.minimum_nodes}",
+        )
+    late = f" without {', '.join(missing)}, not there after {human_duration(rules.join_timeout)}" if missing else ""
+    ready = "1 node is ready" if len(present) == 1 else f"{len(present)} nodes are ready"
+    return _propose(world, rules, now, f"{ready}{late}")
+
+
+def _form(world: World, rules: Rules, now: float) -> Decided:
+    formation = world.formation
+    assert formation is not None
+    if world.lost_members:
+        return _recover(world, rules, now, f"{_lost(world)} while the world was forming")
+    if world.refused:
+        return _propose(world, rules, now, f"a node had promised itself to generation {world.generation} already")
+    effective, why = takes_effect(
+        formation,
+        world.previous,
+        world.acknowledged,
+        in_office=frozenset(node.id for node in world.nodes),
+        lease_renewed=world.lease_renewed,
+        leases_over=world.previous_term == world.term or now >= world.term_since + rules.timing.timeout,
+    )
+    if not effective:
+        return NOTHING
+    return Decided((Commit(formation.generation),), f"generation {formation.generation} starts: {why}")
+
+
+def _run(world: World, rules: Rules, now: float) -> Decided:
+    if _all_returned(world):
+        return NOTHING  # the last checkpoint is being committed
+    if world.repeated_bug is not None:
+        bug = world.repeated_bug
+        where = f" at {bug.failure.where}" if bug.failure.where else ""
+        return _stop(
+            ExitCode.USER_CODE,
+            f"rank {bug.rank} on {bug.node} failed twice at step {bug.failure.step} with the same error: "
+            f"{bug.failure.what}{where}; another try would end the same way",
+        )
+    if _cause_is_open(world, now):
+        return NOTHING
+    if world.failures:
+        return _recover(world, rules, now, _root_cause(world))
+    if world.lost_members:
+        return _recover(world, rules, now, _lost(world))
+    return NOTHING
+
+
+def _cause_is_open(world: World, now: float) -> bool:
+    """Only consequences are known so far, and the cause may still be reported: it is to be named, and to pay."""
+    echoes = all(each.failure.kind is FailureKind.COLLECTIVE for each in world.failures)
+    waited = world.broken_at is None or now >= world.broken_at + CAUSE_SECONDS
+    return bool(world.failures) and echoes and not world.lost_members and not waited
+
+
+def _lost(world: World) -> str:
+    """Which members are gone, and which have come back as others."""
+    back = [node for node in world.lost_members if world.node(node) is not None]
+    gone = [node for node in world.lost_members if node not in back]
+    parts = []
+    if gone:
+        parts.append(f"{', '.join(gone)} {'was' if len(gone) == 1 else 'were'} lost")
+    if back:
+        parts.append(f"{', '.join(back)} came back with a new agent")
+    return " and ".join(parts)
+
+
+def _root_cause(world: World) -> str:
+    first = next(
+        (each for each in world.failures if each.failure.kind is not FailureKind.COLLECTIVE), world.failures[0]
+    )
+    if first.failure.kind is FailureKind.DAMAGED:
+        accusing = dict.fromkeys(each.node for each in world.failures if each.failure.kind is FailureKind.DAMAGED)
+        match world.examined:
+            case CheckpointDamaged(checkpoint):
+                return f"{_damaged(world.examined)}; {_instead(world, checkpoint)}"
+            case CheckpointKept(checkpoint, why):
+                return f"{', '.join(accusing)} found the checkpoint of step {checkpoint.step} damaged; {why}"
+            case None:
+                return f"rank {first.rank} on {first.node} found its checkpoint damaged ({first.failure.what})"
+    if first.failure.kind is FailureKind.COLLECTIVE and world.lost_members:
+        return _lost(world)
+    return f"rank {first.rank} on {first.node} failed ({first.failure.what})"
+
+
+def _damaged(found: CheckpointDamaged) -> str:
+    return f"the checkpoint of step {found.checkpoint.step} is damaged ({found.detail})"
+
+
+def _instead(world: World, checkpoint: CheckpointRef) -> str:
+    if checkpoint == world.asked:
+        return "it was asked for, so none is taken in its place"
+    return "the next older one is used" if world.checkpoints else "there is no other"
+
+
+def _recover(world: World, rules: Rules, now: float, what: str) -> Decided:
+    """The ladder: again on the same nodes, on the remaining ones, through the queue, or stop and say why."""
+    spent = _exhausted(world, rules, now)
+    if spent:
+        return _stop(ExitCode.GAVE_UP, f"{what}; {spent}")
+    damaged = next((each for each in world.failures if each.failure.kind is FailureKind.DAMAGED), None)
+    if damaged is not None and world.formation is not None and world.formation.restore is not None:
+        checkpoint = world.formation.restore
+        if world.examined is None:
+            if world.suspected is not None:
+                return NOTHING  # the leader is looking at it
+            return Decided(
+                (Quarantine(checkpoint, damaged.failure.what),),
+                f"rank {damaged.rank} on {damaged.node} finds the checkpoint of step {checkpoint.step} damaged "
+                f"({damaged.failure.what}): the leader looks at it before it is set aside",
+            )
+        if isinstance(world.examined, CheckpointDamaged) and (checkpoint == world.asked or not world.checkpoints):
+            return _stop_damaged(world, what)
+    if suspects(world, rules, now):
+        return NOTHING  # whether they are in or out is known soon: by their rejoining, or by their lease
+    if len(_candidates(world, rules, now)) < rules.minimum_nodes:
+        return _leave(
+            world,
+            rules,
+            now,
+            f"{what}; {_count(len(world.nodes), 'node')} left, nodes.min is {rules.minimum_nodes}",
+        )
+    older_instead = isinstance(world.examined, CheckpointDamaged)
+    if not older_instead and world.broken_at is not None and now < world.broken_at + _backoff(world, rules):
+        return NOTHING
+    return _propose(world, rules, now, what)
+
+
+def _stop_damaged(world: World, what: str) -> Decided:
+    if world.checkpoints:
+        return _stop(ExitCode.DAMAGED, f"{what}; `hpcft ckpt ls` shows which others there are")
+    return _stop(
+        ExitCode.DAMAGED,
+        f"{what}, and the run, which had saved step {world.saved.step if world.saved else 0}, does not start from the "
+        "beginning by itself: put a sound checkpoint back into checkpoints/ (what was set aside is in "
+        "checkpoints/.quarantine), or start anew under another run.name",
+    )
+
+
+def _exhausted(world: World, rules: Rules, now: float) -> str:
+    """The sentence that says which budget is spent, or nothing."""
+    for budget, limit in rules.budgets:
+        used = sum(each.budget is budget and each.at > now - rules.window for each in world.spent)
+        if used > limit:
+            what = "preemptions" if budget is Budget.PREEMPTION else f"failures of {budget}"
+            return f"{used} {what} within {rules.window:.0f} s, {limit} are allowed"
+    fruitless = world.fruitless_so_far
+    if rules.saves and rules.no_progress_generations and fruitless >= rules.no_progress_generations:
+        return f"{_count(fruitless, 'generation')} in a row ended without passing step {world.high_step}"
+    return ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _backoff(world: World, rules: Rules) -> float:
+    """Seconds to wait before the next generation: none after progress, then doubling, with jitter.
+
+    The jitter is a function of the run and the generation, so that the decision stays a function of the world.
+    """
+    fruitless = world.fruitless_so_far
+    if fruitless == 0:
+        return 0.0
+    digest = hashlib.blake2b(f"{world.run}/{world.generation}".encode(), digest_size=2).digest()
+    jitter = 0.5 + int.from_bytes(digest, "big") / 65535
+    doubled: float = rules.backoff * 2 ** (fruitless - 1) * jitter
+    return min(rules.backoff_max, doubled)
+
+
+def _candidates(world: World, rules: Rules, now: float) -> tuple[Node, ...]:
+    """Nodes that may hold ranks, former members first and in their old order."""
+    dubious = {node.id for node in suspects(world, rules, now)}
+    sound = [node for node in world.nodes if node.id not in dubious]
+    strikes = {
+        node.id: sum(each.node == node.id and each.at > now - rules.window for each in world.strikes) for node in sound
+    }
+    trusted = [node for node in sound if strikes[node.id] < rules.strikes]
+    if len(trusted) >= rules.minimum_nodes:
+        sound = trusted
+    order = {member.node: member.first_rank for member in world.previous}
+    last = Rank(1 << 30)
+    return tuple(sorted(sound, key=lambda node: (order.get(node.id, last), node.id)))
+
+
+def assign(candidates: tuple[Node, ...], multiple_of: int) -> tuple[Member, ...]:
+    """Ranks 0 … n-1 over the candidates, in order; whole nodes are left out until the size fits."""
+    chosen = list(candidates)
+    while chosen and sum(node.workers for node in chosen) % multiple_of:
+        chosen.pop()
+    members = []
+    first = 0
+    for node in chosen:
+        members.append(Member(node.id, node.incarnation, node.address, node.workers, Rank(first)))
+        first += node.workers
+    return tuple(members)
+
+
+def _propose(world: World, rules: Rules, now: float, what: str) -> Decided:
+    if world.saved is not None and world.restore is None:
+        return _stop_damaged(world, f"{what}; no checkpoint is left")
+    members = assign(_candidates(world, rules, now), rules.multiple_of)
+    if len(members) < rules.minimum_nodes:
+        least = f"{_count(rules.minimum_nodes, 'node')} or more"
+        reason = f"{what}; no world of {least} has a number of ranks divisible by {rules.multiple_of}"
+        if len(world.nodes) >= len(world.expected):
+            return _stop(ExitCode.BELOW_MINIMUM, reason)  # more nodes than there are cannot come
+        return _leave(world, rules, now, reason)
+    generation = Generation(world.generation + 1)
+    nonce = hashlib.blake2b(
+        f"{world.run}/{world.term}/{generation}/{members[0].incarnation}".encode(), digest_size=4
+    ).hexdigest()
+    restore = world.restore
+    formation = Formation(world.term, generation, members, restore, nonce)
+    start = f"from the checkpoint of step {restore.step}" if restore else "from the beginning"
+    return Decided(
+        (Propose(formation),),
+        f"{what}: generation {generation} with {_count(len(members), 'node')} "
+        f"and {_count(formation.world_size, 'rank')}, {start}",
+    )
+
+
+def _all_returned(world: World) -> bool:
+    return world.formation is not None and len(world.returned) == world.formation.world_size
+
+
+def _finish(world: World, rules: Rules) -> Decided:
+    """The end, if every rank has returned and what they have reached is safe."""
+    if not _all_returned(world):
+        return NOTHING
+    step = world.step
+    if not rules.saves:
+        verdict = Verdict(Outcome.FINISHED, int(ExitCode.OK), "the command has ended on all ranks, with status 0")
+        return Decided((Conclude(verdict),), verdict.reason)
+    if world.restore is None or world.restore.step < step:
+        # exit status 0 without the final checkpoint is not success
+        if world.save_failed is None or world.save_failed[0] < step:
+            return NOTHING  # its commit is on its way
+        return _stop(
+            ExitCode.UNUSABLE,
+            f"training returned after step {step}, but its last checkpoint could not be written: "
+            f"{world.save_failed[1]}",
+        )
+    verdict = Verdict(Outcome.FINISHED, int(ExitCode.OK), f"the training function returned after step {step}")
+    return Decided((Conclude(verdict),), verdict.reason)
+
+
+def _termination(world: World, rules: Rules, now: float) -> Decided | None:
+    """Leaving because Slurm or an operator says so: checkpoint if one can still be made, then go."""
+    if world.stop_asked:
+        reason, deadline = f"stopped by {world.stop_asked}", world.stop_asked_at + rules.stop_within
+    elif world.termination is not None:
+        asked = world.termination
+        reason, deadline = asked.why.value, world.termination_at + asked.seconds_left
+    else:
+        return None
+    formation = world.formation
+    training = world.phase is Phase.RUNNING and formation is not None and not world.failures and rules.saves
+    if training and formation is not None and now < deadline:
+        return Decided(
+            (SaveAndStop(formation.generation),),
+            f"{reason}: a last checkpoint is made ({human_duration(deadline - now)} left for it)",
+        )
+    if world.phase is Phase.LEAVING and formation is not None:
+        all_stopped = len(world.stopped | world.returned) == formation.world_size
+        saved = world.restore is not None and world.restore.step >= world.step
+        if not (all_stopped and saved) and not world.failures and not world.lost_members and now < deadline:
+            return NOTHING
+        newest = f"the newest is of step {world.restore.step}" if world.restore else "there is none"
+        state = f"saved at step {world.step}" if all_stopped and saved else f"no last checkpoint was made, {newest}"
+        reason = f"{reason}; {state}"
+    halt: tuple[Action, ...] = (HaltWorkers(formation.generation),) if formation is not None else ()
+    if world.stop_asked or (world.termination is not None and world.termination.why is Termination.CANCELLED):
+        verdict = Verdict(Outcome.CANCELLED, ExitCode.CANCELLED, reason)
+        return Decided((*halt, Conclude(verdict)), reason)
+    assert world.termination is not None
+    if world.termination.why is Termination.REQUEUED:
+        verdict = Verdict(Outcome.REQUEUED, ExitCode.REQUEUED, f"{reason}: Slurm requeues the job")
+        return Decided((*halt, Conclude(verdict)), verdict.reason)
+    decided = _leave(world, rules, now, reason)
+    return Decided((*halt, *decided.actions), decided.reason)
+
+
+def _leave(world: World, rules: Rules, now: float, reason: str) -> Decided:
+    """Give the job back to the queue, if that is allowed and worth it."""
+    spent = _exhausted(world, rules, now)
+    if spent:
+        return _stop(ExitCode.GAVE_UP, f"{reason}; {spent}")
+    if not rules.requeue:
+        return _stop(ExitCode.GAVE_UP, f"{reason}; slurm.requeue is off")
+    return Decided((Requeue(reason),), f"{reason}: the job is requeued")
+
+
+def _after_requeue(world: World) -> Decided:
+    """Slurm was asked; the verdict follows its answer."""
+    if world.requeue_refused:
+        verdict = Verdict(
+            Outcome.FAILED,
+            ExitCode.UNUSABLE,
+            f"{world.requeue_asked}; Slurm refused to requeue the job: {world.requeue_refused}",
+        )
+        return Decided((Conclude(verdict),), verdict.reason)
+    if world.requeue_accepted:
+        verdict = Verdict(Outcome.REQUEUED, ExitCode.REQUEUED, world.requeue_asked)
+        return Decided((Conclude(verdict),), f"{verdict.reason}: requeued")
+    return NOTHING
+
+
+def _stop(code: ExitCode, reason: str) -> Decided:
+    verdict = Verdict(Outcome.FAILED, int(code), reason)
+    return Decided((Conclude(verdict),), reason)

@@ -1,0 +1,744 @@
+"""The picture of a run, and how an event changes it.
+
+Theory of operation
+-------------------
+`World` is an immutable value. `apply(world, event, now)` returns the next one and does nothing else: no I/O, no
+clock, no decision. `now` is the *run clock*: seconds during which a leader was in office, continued over
+requeues by the journal. It is never compared with a clock of another machine.
+
+The life of a start, by `Phase` (docs/architecture.md has the same table as a picture)::
+
+    GATHERING ──propose──▶ FORMING ──commit──▶ RUNNING ──propose──▶ FORMING …
+        │                     │                   ├──save and stop──▶ LEAVING ─┐
+        └──────── requeue or conclude ────────────┴─────────────────▶ ENDED ◀──┘
+
+Two kinds of facts live side by side: history (incidents, budgets, checkpoints, goodput), which the journal
+carries over from one leader to the next, and presence (nodes, acknowledgements, ready workers), which is
+forgotten whenever a term begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final, assert_never
+
+from hpcft.events import (
+    Action,
+    CheckpointCommitted,
+    CheckpointDamaged,
+    CheckpointFailed,
+    CheckpointKept,
+    CheckpointRef,
+    CheckpointsFound,
+    CheckpointsRetired,
+    Commit,
+    Conclude,
+    Decided,
+    Event,
+    Evict,
+    FailureKind,
+    Formation,
+    HaltWorkers,
+    KeeperVanished,
+    LeaseRenewed,
+    Member,
+    NodeHeard,
+    NodeJoined,
+    NodeReported,
+    Progressed,
+    Propose,
+    Quarantine,
+    Requeue,
+    RequeueAccepted,
+    RequeueRefused,
+    SaveAndStop,
+    StopAsked,
+    StreamClosed,
+    TermBegan,
+    Termination,
+    TerminationAsked,
+    Ticked,
+    Verdict,
+    WorkerFailed,
+    WorkerReturned,
+    WorkersReady,
+    WorkerStopped,
+    WorkersVanished,
+    WorldAcknowledged,
+    WorldRefused,
+)
+from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
+
+UNWRITTEN = 100
+"""How many generations a lost leader may have formed, at most, that its journal does not show: the run directory was
+not answering. Their numbers are skipped, for files carry them."""
+
+
+class Phase(StrEnum):
+    GATHERING = "gathering"
+    """Waiting for nodes."""
+    FORMING = "forming"
+    """A world is proposed; its acknowledgements are awaited."""
+    RUNNING = "running"
+    """The workers of the generation have been started."""
+    LEAVING = "leaving"
+    """The last checkpoint of this start is being made, or Slurm was asked to requeue."""
+    ENDED = "ended"
+
+
+TRANSITIONS: Final[Mapping[type[Action], tuple[frozenset[Phase], Phase]]] = {
+    Propose: (frozenset({Phase.GATHERING, Phase.FORMING, Phase.RUNNING}), Phase.FORMING),
+    Commit: (frozenset({Phase.FORMING}), Phase.RUNNING),
+    SaveAndStop: (frozenset({Phase.RUNNING}), Phase.LEAVING),
+    Requeue: (frozenset(Phase) - {Phase.ENDED}, Phase.LEAVING),
+    Conclude: (frozenset(Phase) - {Phase.ENDED}, Phase.ENDED),
+}
+"""From which phases an action may come, and where it leads; what is not listed changes no phase. The state diagram
+of docs/architecture.md is printed from this."""
+
+
+class Budget(StrEnum):
+    """Who pays for a failure."""
+
+    INFRASTRUCTURE = "infrastructure"
+    USER_CODE = "user code"
+    PREEMPTION = "preemption"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An agent in office, as the leader sees it."""
+
+    id: NodeId
+    incarnation: Incarnation
+    address: str
+    workers: int
+    heard_at: float
+    connected: bool = True
+    workers_gone: bool = False
+    keeper_gone: bool = False
+    gone_at: float = 0.0
+    """When the stream or the lifeline closed, if it did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """One failure from first symptom to first step afterwards."""
+
+    number: int
+    cause: str
+    culprit: str
+    detected_at: float
+    generation: Generation
+    step: Step
+    """Last step completed before it."""
+    budget: Budget | None
+    decision: str = ""
+    resumed_at: float | None = None
+    steps_lost: int | None = None
+    tail: tuple[str, ...] = ()
+
+    @property
+    def open(self) -> bool:
+        return self.resumed_at is None
+
+    @property
+    def downtime(self) -> float | None:
+        return None if self.resumed_at is None else self.resumed_at - self.detected_at
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """One unit taken from a budget."""
+
+    budget: Budget
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """An infrastructure failure that is held against a node."""
+
+    node: NodeId
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    # who and where
+    run: RunId = RunId("")
+    allocation: str = ""
+    term: Term = Term(0)
+    leader: NodeId = NodeId("")
+    expected: tuple[NodeId, ...] = ()
+    takeover: bool = False
+    lost_leader: NodeId = NodeId("")
+    """Whom a takeover follows."""
+    term_since: float = 0.0
+    # presence: forgotten when a term begins
+    phase: Phase = Phase.GATHERING
+    phase_since: float = 0.0
+    nodes: tuple[Node, ...] = ()
+    formation: Formation | None = None
+    acknowledged: frozenset[NodeId] = frozenset()
+    refused: bool = False
+    """A node can never acknowledge the current formation: its number, or a higher one, was promised elsewhere."""
+    lease_renewed: bool = False
+    ready: frozenset[NodeId] = frozenset()
+    progress: tuple[tuple[NodeId, Step], ...] = ()
+    reports: tuple[NodeReported, ...] = ()
+    failures: tuple[WorkerFailed, ...] = ()
+    """Of the current generation, in the order they were reported."""
+    returned: frozenset[Rank] = frozenset()
+    stopped: frozenset[Rank] = frozenset()
+    lost_members: tuple[NodeId, ...] = ()
+    """Members of the current formation that are no longer in office."""
+    broken_at: float | None = None
+    """When the first worker or member of the current formation was lost."""
+    termination: TerminationAsked | None = None
+    termination_at: float = 0.0
+    stop_asked: str = ""
+    stop_asked_at: float = 0.0
+    requeue_asked: str = ""
+    requeue_accepted: bool = False
+    requeue_refused: str = ""
+    suspected: CheckpointRef | None = None
+    """A rank found it damaged, and the leader is looking at it."""
+    examined: CheckpointDamaged | CheckpointKept | None = None
+    """What the leader has found of the checkpoint that this generation was to start from."""
+    losses: tuple[tuple[NodeId, float], ...] = ()
+    """Of each member's last step."""
+    # history: carried by the journal
+    generation: Generation = Generation(0)
+    """The highest ever proposed or heard of."""
+    previous: tuple[Member, ...] = ()
+    """Members of the last world that took effect: a quorum of them must acknowledge the next."""
+    previous_term: Term = Term(0)
+    """The term in which it took effect."""
+    checkpoints: tuple[CheckpointRef, ...] = ()
+    """The lineage, oldest first."""
+    saved: CheckpointRef | None = None
+    """The newest that has ever been in the lineage: with one, the run never starts from the beginning again."""
+    asked: CheckpointRef | None = None
+    """The checkpoint that an operator named to start from."""
+    incidents: tuple[Incident, ...] = ()
+    spent: tuple[Spent, ...] = ()
+    strikes: tuple[Strike, ...] = ()
+    known_bugs: frozenset[tuple[Step, tuple[str, str, str]]] = frozenset()
+    """Steps and signatures at which earlier generations failed; forgotten once the step has been passed."""
+    repeated_bug: WorkerFailed | None = None
+    """A failure of the training code that came at the same step, with the same words, twice."""
+    fruitless: int = 0
+    """Generations in a row that failed without passing the highest step seen before."""
+    advanced: bool = False
+    """This generation has passed it."""
+    high_step: Step = Step(0)
+    starts: int = 0
+    training_since: float | None = None
+    """Since when every worker of the generation is ready."""
+    base_step: Step = Step(0)
+    """The step the generation started from."""
+    productive: float = 0.0
+    """Seconds spent on steps that were kept, in generations that have ended."""
+    total_steps: Step | None = None
+    """How many steps the program means to make, if it said so."""
+    last_reason: str = ""
+    """The sentence of the last decision."""
+    save_failed: tuple[Step, str] | None = None
+    """The last save that did not become a checkpoint, and why."""
+    verdict: Verdict | None = None
+
+    def node(self, node: NodeId) -> Node | None:
+        return next((known for known in self.nodes if known.id == node), None)
+
+    @property
+    def step(self) -> Step:
+        """The last step completed by all workers of the generation."""
+        if self.formation is None or not self.progress:
+            return self.base_step
+        steps = dict(self.progress)
+        return Step(min(steps.get(member.node, self.base_step) for member in self.formation.members))
+
+    @property
+    def loss(self) -> float | None:
+        """The mean over the ranks, as far as it is known."""
+        if self.formation is None:
+            return None
+        known = [(loss, member.workers) for node, loss in self.losses if (member := self.formation.member(node))]
+        ranks = sum(workers for _, workers in known)
+        return sum(loss * workers for loss, workers in known) / ranks if ranks else None
+
+    @property
+    def broken(self) -> bool:
+        """The current formation has lost workers or members: what is still said of it changes nothing any more."""
+        return bool(self.failures or self.lost_members)
+
+    @property
+    def fruitless_so_far(self) -> int:
+        """Generations in a row without progress, this one included if it has failed."""
+        return self.fruitless + (self.phase is Phase.RUNNING and self.broken and not self.advanced)
+
+    @property
+    def open_incident(self) -> Incident | None:
+        return self.incidents[-1] if self.incidents and self.incidents[-1].open else None
+
+    @property
+    def restore(self) -> CheckpointRef | None:
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    def goodput(self, now: float) -> float | None:
+        """Share of the run clock spent on steps that were kept (those running now count as kept)."""
+        if now <= 0:
+            return None
+        running = now - self.training_since if self.training_since is not None else 0.0
+        return min(1.0, (self.productive + running) / now)
+
+
+def apply(world: World, event: Event, now: float) -> World:
+    """The world after `event`, which the leader saw at `now` (seconds on the run clock)."""
+    match event:
+        case TermBegan():
+            return _begin_term(world, event, now)
+        case CheckpointsFound():
+            asked = event.checkpoints[-1] if event.branch and event.checkpoints else None
+            saved = event.checkpoints[-1] if event.checkpoints else world.saved
+            return replace(world, checkpoints=event.checkpoints, asked=asked, saved=saved)
+        case NodeJoined():
+            return _join(world, event, now)
+        case NodeHeard():
+            return _update_node(world, event.node, event.incarnation, heard_at=now)
+        case StreamClosed():
+            return _update_node(world, event.node, event.incarnation, connected=False, gone_at=now)
+        case WorkersVanished():
+            return _update_node(world, event.node, event.incarnation, workers_gone=True, gone_at=now)
+        case KeeperVanished():
+            return _update_node(world, event.node, event.incarnation, keeper_gone=True, gone_at=now)
+        case WorldAcknowledged():
+            return _acknowledge(world, event)
+        case WorldRefused():
+            return _refuse(world, event)
+        case LeaseRenewed():
+            return replace(world, lease_renewed=True) if event.term == world.term else world
+        case WorkersReady():
+            return _ready(world, event, now)
+        case Progressed():
+            return _progress(world, event, now)
+        case NodeReported():
+            others = tuple(known for known in world.reports if known.node != event.node)
+            return replace(world, reports=(*others, event)) if _current(world, event.generation) else world
+        case WorkerFailed():
+            return _fail(world, event, now)
+        case WorkerReturned():
+            if not _current(world, event.generation):
+                return world
+            return replace(world, returned=world.returned | {event.rank})
+        case WorkerStopped():
+            if not _current(world, event.generation):
+                return world
+            return replace(world, stopped=world.stopped | {event.rank})
+        case CheckpointCommitted():
+            return _commit_checkpoint(world, event)
+        case CheckpointsRetired():
+            left = tuple(each for each in world.checkpoints if each not in event.checkpoints)
+            return replace(world, checkpoints=left)
+        case CheckpointFailed():
+            if not _current(world, event.generation):
+                return world
+            noted = _note(world, "checkpoint failed", event.reason, "training goes on; the next save tries again", now)
+            return replace(noted, save_failed=(event.step, event.reason))
+        case CheckpointDamaged():
+            return _lose_checkpoint(world, event, now)
+        case CheckpointKept():
+            return _keep_checkpoint(world, event, now)
+        case TerminationAsked():
+            return _ask_termination(world, event, now)
+        case StopAsked():
+            return replace(world, stop_asked=event.by, stop_asked_at=world.stop_asked_at or now)
+        case RequeueAccepted():
+            return replace(world, requeue_accepted=True)
+        case RequeueRefused():
+            return replace(world, requeue_refused=event.reason)
+        case Ticked():
+            return world
+        case Decided():
+            return _carry_out(world, event, now)
+        case _:
+            assert_never(event)
+
+
+def _current(world: World, generation: Generation) -> bool:
+    return world.formation is not None and world.formation.generation == generation
+
+
+def _begin_term(world: World, event: TermBegan, now: float) -> World:
+    reached = world.step
+    world = _close_generation(world, world.restore.step if world.restore else Step(0), now)
+    # whoever has written a verdict had written everything before it
+    complete = event.term == world.term + 1 and (world.term == 0 or world.verdict is not None)
+    fresh = World(
+        run=event.run,
+        allocation=event.allocation,
+        term=event.term,
+        leader=event.node,
+        expected=event.nodes,
+        takeover=event.takeover,
+        lost_leader=world.leader if event.takeover else NodeId(""),
+        term_since=now,
+        phase_since=now,
+        generation=world.generation if complete else Generation(world.generation + UNWRITTEN),
+        previous=world.previous,
+        previous_term=world.previous_term,
+        checkpoints=world.checkpoints,
+        saved=world.saved,
+        incidents=world.incidents,
+        spent=world.spent,
+        strikes=world.strikes,
+        total_steps=world.total_steps,
+        known_bugs=world.known_bugs,
+        fruitless=world.fruitless,
+        high_step=world.high_step,
+        starts=world.starts + (event.allocation != world.allocation),
+        base_step=world.restore.step if world.restore else Step(0),
+        productive=world.productive,
+        verdict=None,
+    )
+    if event.takeover:
+        return _open_incident(fresh, "leader lost", world.leader, Budget.INFRASTRUCTURE, now, step=reached)
+    if event.allocation == world.allocation and world.verdict is None and world.formation is not None:
+        why = f"{event.node}: its agent, the leader, was restarted"
+        return _open_incident(fresh, "agent restarted", why, Budget.INFRASTRUCTURE, now, step=reached)
+    return fresh
+
+
+def _join(world: World, event: NodeJoined, now: float) -> World:
+    node = Node(event.node, event.incarnation, event.address, event.workers, heard_at=now)
+    old = world.node(event.node)
+    if old is not None and old.incarnation != event.incarnation:
+        world = _remove(world, old, f"{old.id}: its agent was restarted", now, cause="agent restarted")
+    others = tuple(known for known in world.nodes if known.id != event.node)
+    return replace(world, nodes=tuple(sorted((*others, node), key=lambda known: known.id)))
+
+
+def _update_node(
+    world: World,
+    node: NodeId,
+    incarnation: Incarnation,
+    *,
+    heard_at: float | None = None,
+    connected: bool | None = None,
+    workers_gone: bool | None = None,
+    keeper_gone: bool | None = None,
+    gone_at: float | None = None,
+) -> World:
+    known = world.node(node)
+    if known is None or known.incarnation != incarnation:
+        return world
+    changed = replace(
+        known,
+        heard_at=known.heard_at if heard_at is None else heard_at,
+        connected=known.connected if connected is None else connected,
+        workers_gone=known.workers_gone if workers_gone is None else workers_gone,
+        keeper_gone=known.keeper_gone if keeper_gone is None else keeper_gone,
+        gone_at=gone_at if gone_at is not None and not known.gone_at else known.gone_at,
+    )
+    return replace(world, nodes=tuple(changed if each is known else each for each in world.nodes))
+
+
+def _remove(world: World, node: Node, why: str, now: float, cause: str = "node lost") -> World:
+    """Take an incarnation out of office; if it held ranks, that is an incident."""
+    world = replace(world, nodes=tuple(known for known in world.nodes if known is not node))
+    formation = world.formation
+    member = formation.member(node.id) if formation is not None else None
+    if member is None or member.incarnation != node.incarnation:
+        return world
+    world = replace(world, lost_members=(*world.lost_members, node.id), broken_at=_first(world.broken_at, now))
+    if world.phase in (Phase.RUNNING, Phase.LEAVING):
+        echoes = all(each.failure.kind is FailureKind.COLLECTIVE for each in world.failures)
+        if world.failures and echoes and len(world.lost_members) == 1:
+            world = _find_cause(world, cause, why, Budget.INFRASTRUCTURE, now, ())
+        else:
+            world = _open_incident(world, cause, why, Budget.INFRASTRUCTURE, now)
+        world = replace(world, strikes=(*world.strikes, Strike(node.id, now)))
+    return world
+
+
+def _first(known: float | None, now: float) -> float:
+    return now if known is None else known
+
+
+def _acknowledge(world: World, event: WorldAcknowledged) -> World:
+    node = world.node(event.node)
+    if node is None or node.incarnation != event.incarnation:
+        return world
+    if event.term != world.term or not _current(world, event.generation):
+        return world
+    return replace(world, acknowledged=world.acknowledged | {event.node})
+
+
+def _refuse(world: World, event: WorldRefused) -> World:
+    """The refused number is burnt: the next proposal must be above it."""
+    if event.promised_term > world.term:
+        return world  # no number helps a deposed leader
+    formation = world.formation
+    refused = formation is not None and event.promised_generation >= formation.generation
+    generation = max(world.generation, event.promised_generation)
+    return replace(world, generation=generation, refused=world.refused or refused)
+
+
+def _ready(world: World, event: WorkersReady, now: float) -> World:
+    formation = world.formation
+    if formation is None or formation.generation != event.generation:
+        return world
+    ready = world.ready | {event.node}
+    if event.total_steps is not None:
+        world = replace(world, total_steps=event.total_steps)
+    complete = all(member.node in ready for member in formation.members)
+    since = now if complete and world.training_since is None else world.training_since
+    world = replace(world, ready=ready, training_since=since)
+    if complete and not event.counts_steps and world.open_incident is not None and not world.broken:
+        closed = replace(world.open_incident, resumed_at=now)
+        world = replace(world, incidents=(*world.incidents[:-1], closed))
+    return world
+
+
+def _progress(world: World, event: Progressed, now: float) -> World:
+    if not _current(world, event.generation):
+        return world
+    progress = dict(world.progress)
+    progress[event.node] = max(event.step, progress.get(event.node, world.base_step))
+    world = replace(
+        world,
+        progress=tuple(sorted(progress.items())),
+        losses=world.losses
+        if event.loss is None
+        else tuple(sorted({**dict(world.losses), event.node: event.loss}.items())),
+    )
+    step = world.step
+    if step > world.base_step and world.training_since is None:
+        # programs that never say "ready" (plain torchrun scripts) show it by their first step
+        world = replace(world, training_since=now)
+    incident = world.open_incident
+    if incident is not None and step > world.base_step and not world.broken:
+        closed = replace(incident, resumed_at=now, steps_lost=max(0, incident.step - world.base_step))
+        world = replace(world, incidents=(*world.incidents[:-1], closed))
+    if step > world.high_step:
+        # progress beyond everything seen refills what repeated failures had used up
+        bugs = frozenset(bug for bug in world.known_bugs if bug[0] >= step)
+        world = replace(world, high_step=step, advanced=True, fruitless=0, known_bugs=bugs)
+    return world
+
+
+def _fail(world: World, event: WorkerFailed, now: float) -> World:
+    if not _current(world, event.generation) or any(each.rank == event.rank for each in world.failures):
+        return world
+    failure = event.failure
+    earlier = world.failures
+    world = replace(world, failures=(*earlier, event), broken_at=_first(world.broken_at, now))
+    if failure.kind is FailureKind.COLLECTIVE and earlier:
+        return world
+    budget = budget_of(failure.kind)
+    culprit = f"rank {event.rank} on {event.node}: {failure.what}" + (f" at {failure.where}" if failure.where else "")
+    incident = world.open_incident
+    # one misfortune kills many workers: a generation pays, and its nodes are blamed, once
+    paid = any(budget_of(each.failure.kind) is not None for each in earlier)
+    if incident is None or incident.generation != event.generation:
+        cause = "checkpoint damaged" if failure.kind is FailureKind.DAMAGED else "worker failed"
+        world = _open_incident(world, cause, culprit, None if paid else budget, now, failure.tail)
+    elif incident.budget is None and budget is not None:
+        world = _find_cause(world, incident.cause, culprit, budget, now, failure.tail)
+    if failure.kind in (FailureKind.EXCEPTION, FailureKind.START):
+        if (failure.step, failure.signature()) in world.known_bugs and world.repeated_bug is None:
+            world = replace(world, repeated_bug=event)
+    elif budget is Budget.INFRASTRUCTURE:
+        blamed = any(
+            each.node == event.node and budget_of(each.failure.kind) is Budget.INFRASTRUCTURE for each in earlier
+        )
+        if not blamed:
+            world = replace(world, strikes=(*world.strikes, Strike(event.node, now)))
+    return world
+
+
+def budget_of(kind: FailureKind) -> Budget | None:
+    """Which budget pays. A broken collective is a consequence: it never counts."""
+    match kind:
+        case FailureKind.COLLECTIVE | FailureKind.DAMAGED:
+            return None
+        case FailureKind.EXCEPTION | FailureKind.EXIT | FailureKind.START:
+            return Budget.USER_CODE
+        case FailureKind.KILLED | FailureKind.FENCED | FailureKind.STUCK | FailureKind.UNREADABLE:
+            return Budget.INFRASTRUCTURE
+        case _:
+            assert_never(kind)
+
+
+def _open_incident(
+    world: World,
+    cause: str,
+    culprit: str,
+    budget: Budget | None,
+    now: float,
+    tail: tuple[str, ...] = (),
+    step: Step | None = None,
+) -> World:
+    """Begin an incident, unless one is open: a failure during a recovery prolongs the one that is."""
+    spent = world.spent if budget is None else (*world.spent, Spent(budget, now))
+    if world.open_incident is not None:
+        return replace(world, spent=spent)
+    incident = Incident(
+        number=len(world.incidents) + 1,
+        cause=cause,
+        culprit=culprit,
+        detected_at=now,
+        generation=world.generation,
+        step=world.step if step is None else step,
+        budget=budget,
+        tail=tail,
+    )
+    return replace(world, incidents=(*world.incidents, incident), spent=spent)
+
+
+def _find_cause(world: World, cause: str, culprit: str, budget: Budget, now: float, tail: tuple[str, ...]) -> World:
+    """What looked like a broken collective has found its cause, which pays."""
+    incident = world.open_incident
+    if incident is None or incident.budget is not None:
+        return _open_incident(world, cause, culprit, budget, now, tail)
+    found = replace(incident, cause=cause, culprit=culprit, budget=budget, tail=tail)
+    return replace(world, incidents=(*world.incidents[:-1], found), spent=(*world.spent, Spent(budget, now)))
+
+
+def _note(world: World, cause: str, culprit: str, decision: str, now: float) -> World:
+    """An incident that costs no time: training goes on."""
+    if world.open_incident is not None:
+        return world
+    world = _open_incident(world, cause, culprit, None, now)
+    noted = replace(
+        world.incidents[-1],
+        resumed_at=now,
+        steps_lost=0,
+        decision=decision,
+    )
+    return replace(world, incidents=(*world.incidents[:-1], noted))
+
+
+def _ask_termination(world: World, event: TerminationAsked, now: float) -> World:
+    known = world.termination
+    if known is not None and known.why is Termination.CANCELLED:
+        return world
+    if known is not None:
+        # the warning came first, the signal later: the reason may be clearer now, the time only shorter
+        left = min(world.termination_at + known.seconds_left, now + event.seconds_left) - now
+        return replace(world, termination=replace(event, seconds_left=left), termination_at=now)
+    if event.why is Termination.PREEMPTED:
+        world = replace(world, spent=(*world.spent, Spent(Budget.PREEMPTION, now)))
+    return replace(world, termination=event, termination_at=now)
+
+
+def _commit_checkpoint(world: World, event: CheckpointCommitted) -> World:
+    if not _current(world, event.checkpoint.generation):
+        return world  # a straggler of a generation that has been rolled back: not of this lineage
+    return replace(world, checkpoints=(*world.checkpoints, event.checkpoint), saved=event.checkpoint)
+
+
+def _lose_checkpoint(world: World, event: CheckpointDamaged, now: float) -> World:
+    left = tuple(each for each in world.checkpoints if each != event.checkpoint)
+    world = replace(world, checkpoints=left)
+    if world.suspected == event.checkpoint:
+        world = replace(world, suspected=None, examined=event)
+    return _note(world, "checkpoint damaged", event.detail, "it is not used; an older one takes its place", now)
+
+
+def _keep_checkpoint(world: World, event: CheckpointKept, now: float) -> World:
+    """A failure of the nodes that could not use it: they are blamed, and the generation pays, once."""
+    if world.suspected != event.checkpoint:
+        return world
+    world = replace(world, suspected=None, examined=event)
+    accusing = [each for each in world.failures if each.failure.kind is FailureKind.DAMAGED]
+    others = [each for each in world.failures if each not in accusing]
+    blamed = {each.node for each in others if budget_of(each.failure.kind) is Budget.INFRASTRUCTURE}
+    nodes = [node for node in dict.fromkeys(each.node for each in accusing) if node not in blamed]
+    world = replace(world, strikes=(*world.strikes, *(Strike(node, now) for node in nodes)))
+    if not accusing or any(budget_of(each.failure.kind) is not None for each in others):
+        return world
+    first = accusing[0]
+    culprit = f"rank {first.rank} on {first.node}: {first.failure.what}; {event.why}"
+    return _find_cause(world, "worker failed", culprit, Budget.INFRASTRUCTURE, now, first.failure.tail)
+
+
+def _close_generation(world: World, kept: Step, now: float) -> World:
+    """Account for a generation that ends, of which the steps up to `kept` survive."""
+    if world.training_since is None:
+        return world
+    done = world.step - world.base_step
+    share = max(0, min(kept, world.step) - world.base_step) / done if done > 0 else 0.0
+    seconds = now - world.training_since
+    return replace(world, productive=world.productive + seconds * share, training_since=None)
+
+
+def _carry_out(world: World, decided: Decided, now: float) -> World:
+    world = replace(world, last_reason=decided.reason)
+    incident = world.open_incident
+    settles = any(not isinstance(action, Evict | Quarantine) for action in decided.actions)
+    if incident is not None and not incident.decision and settles:
+        world = replace(world, incidents=(*world.incidents[:-1], replace(incident, decision=decided.reason)))
+    for action in decided.actions:
+        match action:
+            case Propose():
+                formation = action.formation
+                base = formation.restore.step if formation.restore else Step(0)
+                fruitless = world.fruitless_so_far
+                bugs = frozenset((each.failure.step, each.failure.signature()) for each in world.failures)
+                world = _close_generation(world, base, now)
+                world = replace(
+                    world,
+                    generation=formation.generation,
+                    formation=formation,
+                    acknowledged=frozenset(),
+                    refused=False,
+                    lease_renewed=False,
+                    ready=frozenset(),
+                    progress=(),
+                    reports=(),
+                    failures=(),
+                    returned=frozenset(),
+                    stopped=frozenset(),
+                    lost_members=(),
+                    broken_at=None,
+                    save_failed=None,
+                    suspected=None,
+                    examined=None,
+                    base_step=base,
+                    fruitless=fruitless,
+                    advanced=False,
+                    known_bugs=world.known_bugs | bugs,
+                )
+            case Commit():
+                members = world.formation.members if world.formation is not None else ()
+                world = replace(world, previous=members, previous_term=world.term)
+            case Evict():
+                node = world.node(action.node)
+                if node is not None and node.incarnation == action.incarnation:
+                    world = _remove(world, node, decided.reason, now)
+            case Quarantine():
+                world = replace(world, suspected=action.checkpoint)
+            case Requeue():
+                world = replace(world, requeue_asked=action.reason)
+            case SaveAndStop() | HaltWorkers():
+                pass
+            case Conclude():
+                kept = max((each.step for each in world.checkpoints), default=world.step)
+                world = _close_generation(world, kept, now)
+                world = replace(world, verdict=action.verdict)
+            case _:
+                assert_never(action)
+        world = _move(world, action, now)
+    return world
+
+
+def _move(world: World, action: Action, now: float) -> World:
+    if type(action) not in TRANSITIONS:
+        return world
+    allowed, phase = TRANSITIONS[type(action)]
+    assert world.phase in allowed, f"{action.action} in phase {world.phase}"
+    return replace(world, phase=phase, phase_since=now)
