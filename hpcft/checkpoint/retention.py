@@ -1,0 +1,133 @@
+"""Which checkpoints may go, and how they go. Deciding is pure; deleting is slow on purpose.
+
+A checkpoint that goes is first renamed into `.trash/`, so that nobody is offered half of one, and then unlinked
+file by file with pauses: a burst of unlinks is felt by everyone on a parallel file system. `sweep` also finishes
+what an earlier one left, so a crash costs nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from pathlib import Path
+
+from hpcft import durable
+from hpcft.checkpoint.layout import MARKS, TRASH, CheckpointEntry, parse_name, parse_staging, staging_name
+from hpcft.ids import Generation, Step
+
+
+def retire(
+    entries: Sequence[CheckpointEntry], keep: int, keep_every: int | None, protected: AbstractSet[str]
+) -> tuple[str, ...]:
+    """Names of the checkpoints of a lineage that need not be kept, oldest first.
+
+    Kept are the `keep` committed last (at least one, whatever was asked), those of every `keep_every` steps, and
+    the `protected`: pinned, being read, last verified. Last means generation first, then step: after a restart from
+    an earlier step the abandoned branch has the higher steps, and the live one must not lose its place to it.
+    """
+    ordered = sorted(entries, key=lambda entry: (entry.generation, entry.step))
+    kept = {entry.name for entry in ordered[-max(keep, 1) :]} | protected
+    if keep_every:
+        # Of a step that two branches have passed, the newer branch keeps its milestone.
+        milestones: dict[Step, str] = {e.step: e.name for e in ordered if e.step % keep_every == 0}
+        kept |= set(milestones.values())
+    return tuple(entry.name for entry in ordered if entry.name not in kept)
+
+
+def retire_abandoned(
+    entries: Sequence[CheckpointEntry],
+    live: AbstractSet[str],
+    current: Generation,
+    keep: int,
+    keep_every: int | None,
+    protected: AbstractSet[str],
+) -> tuple[str, ...]:
+    """Names of those that are not of the lineage `live` and may go, oldest first: somebody went on from an older one.
+
+    They are the way back until the branch that took their place has `keep` checkpoints of later generations. Those of
+    the generation `current` are none of them: the lineage may just not know them yet.
+    """
+    lineage = [each for each in entries if each.name in live]
+    steps = {each.step for each in lineage}
+    gone = []
+    for entry in sorted(entries, key=lambda entry: (entry.generation, entry.step)):
+        if entry.name in live or entry.name in protected or entry.generation >= current:
+            continue
+        replaced = sum(each.generation > entry.generation for each in lineage) >= max(keep, 1)
+        milestone = keep_every and entry.step % keep_every == 0 and entry.step not in steps
+        if replaced and not milestone:
+            gone.append(entry.name)
+    return tuple(gone)
+
+
+def stale(root: Path, current: Generation) -> tuple[str, ...]:
+    """What generations before `current` left unfinished: nobody writes there any more, or nobody should."""
+    found = []
+    for name in _listed(root):
+        staging = parse_staging(name)
+        parsed = parse_name(staging[0]) if staging else None
+        if (parsed is not None and parsed[1] < current) or durable.is_aside(name):
+            found.append(name)
+    return tuple(sorted(found))
+
+
+def discard(root: Path, name: str, nonce: str) -> None:
+    """Removes the unfinished checkpoint of a save that failed, so that the next one finds its room."""
+    sweep(root, [staging_name(name, nonce)])
+
+
+def sweep(
+    root: Path, names: Sequence[str], per_second: float = 200.0, pause: Callable[[float], None] = time.sleep
+) -> None:
+    """Deletes checkpoints, or unfinished ones, by name, and whatever is still in the trash.
+
+    Names that are not there are passed over. `per_second` limits the files unlinked.
+    """
+    trash = root / TRASH
+    if names:
+        durable.make_directory(trash)
+    for name in names:
+        if parse_name(name) is None and parse_staging(name) is None and not durable.is_aside(name):
+            raise ValueError(f"{name!r} is not a checkpoint")
+        _bin(root, trash, name)
+    if names:
+        durable.sync_directory(root)
+    for name in _listed(trash):
+        _delete(trash / name, 1 / per_second, pause)
+    gone = {name for name in names if parse_name(name) is not None}
+    for file in _listed(root / MARKS):
+        if file.rpartition(".")[0] in gone:
+            with suppress(FileNotFoundError):
+                (root / MARKS / file).unlink()
+
+
+def _bin(root: Path, trash: Path, name: str) -> None:
+    for attempt in range(1000):
+        # The same unfinished name can come a second time, from a rank that was late.
+        target = trash / (name if attempt == 0 else f"{name}.{attempt}")
+        if target.exists():
+            continue
+        with suppress(FileNotFoundError):
+            (root / name).rename(target)
+        return
+
+
+def _delete(path: Path, interval: float, pause: Callable[[float], None]) -> None:
+    if path.is_dir() and not path.is_symlink():
+        for name in _listed(path):
+            _delete(path / name, interval, pause)
+        with suppress(FileNotFoundError):
+            path.rmdir()
+        return
+    with suppress(FileNotFoundError):
+        path.unlink()
+    pause(interval)
+
+
+def _listed(directory: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in directory.iterdir())
+    except FileNotFoundError:
+        return []

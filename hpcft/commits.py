@@ -1,0 +1,193 @@
+"""From the ranks' reports to a committed checkpoint: the leader's part of the commit protocol.
+
+Every rank writes its files and reports; when all ranks of the generation have reported the same step, one thread
+writes the manifest and renames (`checkpoint.commit`). A save that can no longer become a checkpoint is given up with
+a reason, once; training never waits for any of this.
+
+Retention follows when the world has taken the checkpoint into its lineage: what is committed for a generation that is
+over by then (the thread was late) must not cost one that counts.
+
+The same thread looks at a checkpoint that a rank found damaged. One node's word condemns none: only what this node
+cannot verify either is set aside.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcft.checkpoint import commit, read, retention
+from hpcft.checkpoint.layout import checkpoint_name
+from hpcft.checkpoint.manifest import ShardReport
+from hpcft.checkpoint.marks import Mark, marked
+from hpcft.errors import HpcftError, NotFoundError
+from hpcft.events import (
+    CheckpointCommitted,
+    CheckpointDamaged,
+    CheckpointFailed,
+    CheckpointKept,
+    CheckpointRef,
+    CheckpointsRetired,
+    Event,
+    Formation,
+)
+from hpcft.ids import Generation, Rank, RunId, Step
+
+log = logging.getLogger("hpcft.commits")
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    keep: int
+    """The newest ones."""
+    keep_every: int
+    """And those of every so many steps; 0: none."""
+
+
+class Commits:
+    """Gathers the current generation's reports and commits them on a thread of its own.
+
+    The methods belong to the event loop; `deliver` is called on the thread, with the event that came of a save.
+    """
+
+    def __init__(self, root: Path, run: RunId, retained: Retention, deliver: Callable[[Event], None]) -> None:
+        self._root = root
+        self._run = run
+        self._retained = retained
+        self._deliver = deliver
+        self._formation: Formation | None = None
+        self._reports: dict[Step, dict[Rank, ShardReport]] = {}
+        self._given_up: set[Step] = set()
+        self._parent: str | None = None  # the thread's: the newest checkpoint of the lineage
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="hpcft-commit", daemon=True)
+        self._thread.start()
+
+    def follow(self, formation: Formation) -> None:
+        """From now on only this generation's saves count; what earlier ones left unfinished is cleaned up."""
+        self._formation = formation
+        self._reports.clear()
+        self._given_up.clear()
+        self._jobs.put(lambda: self._turn_to(formation))
+
+    def reported(self, generation: Generation, step: Step, rank: Rank, report: Mapping[str, Any]) -> None:
+        """Rank `rank` has made its files of `step` durable."""
+        formation = self._formation
+        if formation is None or formation.generation != generation or step in self._given_up:
+            return
+        reports = self._reports.setdefault(step, {})
+        reports[rank] = ShardReport.parse(report)
+        if len(reports) < formation.world_size:
+            return
+        del self._reports[step]
+        for older in [each for each in self._reports if each < step]:
+            missing = sorted(set(range(formation.world_size)) - self._reports[older].keys())
+            self._give_up(formation, older, f"ranks {missing} have not saved step {older}")
+        self._jobs.put(lambda: self._commit(formation, step, tuple(reports.values())))
+
+    def failed(self, generation: Generation, step: Step, rank: Rank, reason: str) -> None:
+        """Rank `rank` could not write its files of `step`."""
+        formation = self._formation
+        if formation is not None and formation.generation == generation:
+            self._give_up(formation, step, f"rank {rank}: {reason}")
+
+    def retain(self, lineage: tuple[CheckpointRef, ...]) -> None:
+        """The world's lineage has grown: what it no longer needs may go."""
+        formation = self._formation
+        if formation is not None:
+            self._jobs.put(lambda: self._retain(formation, lineage))
+
+    def quarantine(self, checkpoint: CheckpointRef, suspicion: str) -> None:
+        """Look at a checkpoint that a rank found damaged, and set it aside if it is.
+
+        What comes of it is CheckpointDamaged or CheckpointKept.
+        """
+        self._jobs.put(lambda: self._deliver(self._examine(checkpoint, suspicion)))
+
+    def close(self, seconds: float = 5.0) -> None:
+        """Finish what is queued; a hanging file system is left behind after `seconds`."""
+        self._jobs.put(None)
+        self._thread.join(seconds)
+
+    def _give_up(self, formation: Formation, step: Step, reason: str) -> None:
+        self._reports.pop(step, None)
+        if step in self._given_up:
+            return
+        self._given_up.add(step)
+        name = checkpoint_name(step, formation.generation)
+        self._jobs.put(lambda: retention.discard(self._root, name, formation.nonce))
+        self._deliver(CheckpointFailed(step, formation.generation, reason))
+
+    # --- on the thread ---
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except (OSError, HpcftError) as error:
+                # cleaning up or setting aside; the next generation tries again
+                log.warning("in %s: %s", self._root, error)
+
+    def _turn_to(self, formation: Formation) -> None:
+        restore = formation.restore
+        self._parent = _name(restore) if restore is not None else None
+        retention.sweep(self._root, retention.stale(self._root, formation.generation))
+
+    def _commit(self, formation: Formation, step: Step, reports: tuple[ShardReport, ...]) -> None:
+        began = time.monotonic()
+        facts = commit.Facts(run=self._run, term=formation.term, parent=self._parent, created=time.time())
+        try:
+            done = commit.commit(self._root, reports, facts)
+        except HpcftError as error:
+            self._deliver(CheckpointFailed(step, formation.generation, error.message))
+            return
+        if done.latest_failure:
+            log.warning("LATEST was not rewritten: %s", done.latest_failure)
+        self._parent = done.name
+        checkpoint = CheckpointRef(step, formation.generation)
+        self._deliver(CheckpointCommitted(checkpoint, time.monotonic() - began, done.size))
+
+    def _examine(self, checkpoint: CheckpointRef, suspicion: str) -> CheckpointDamaged | CheckpointKept:
+        directory = self._root / _name(checkpoint)
+        try:
+            damages = read.losses(directory, self._run)
+        except NotFoundError:
+            return CheckpointDamaged(checkpoint, f"{suspicion}; for the leader it is not there either")
+        except (OSError, HpcftError) as error:
+            said = error.message if isinstance(error, HpcftError) else error.strerror or str(error)
+            return CheckpointKept(checkpoint, f"the leader cannot tell: {said}")
+        if not damages:
+            return CheckpointKept(checkpoint, "the leader has read all of it and finds it sound")
+        more = f"; {len(damages) - 1} more" if len(damages) > 1 else ""
+        detail = f"{damages[0]}{more}"
+        try:
+            if read.quarantine(directory, detail) is not None:
+                log.warning("%s is in quarantine: %s", directory.name, detail)
+        except (OSError, HpcftError) as error:
+            log.warning("%s is damaged and could not be set aside: %s", directory.name, error)
+        return CheckpointDamaged(checkpoint, detail)
+
+    def _retain(self, formation: Formation, lineage: tuple[CheckpointRef, ...]) -> None:
+        entries = read.entries(self._root)
+        live = frozenset(map(_name, lineage))
+        restored = (each.restore for each in (formation, self._formation) if each is not None)
+        protected = marked(self._root, Mark.PINNED) | {_name(each) for each in restored if each is not None}
+        keep, keep_every = self._retained.keep, self._retained.keep_every or None
+        retired = (
+            *retention.retire([each for each in entries if each.name in live], keep, keep_every, protected),
+            *retention.retire_abandoned(entries, live, formation.generation, keep, keep_every, protected),
+        )
+        if retired:
+            gone = tuple(CheckpointRef(each.step, each.generation) for each in entries if each.name in retired)
+            self._deliver(CheckpointsRetired(gone))
+            retention.sweep(self._root, retired)
+
+
+def _name(checkpoint: CheckpointRef) -> str:
+    return checkpoint_name(checkpoint.step, checkpoint.generation)

@@ -1,0 +1,213 @@
+"""Durable files: the one protocol by which anything of hpcft reaches a disk for good.
+
+Theory of operation
+-------------------
+A file is written *aside*, under a unique name in the directory where it belongs, then fsynced and closed (both
+checked: NFS reports a full quota only there), and only then given its name; at last the directory is fsynced, for
+without that the name itself may be lost with the power. So a reader meets a complete file or none.
+
+- `replace` gives the name by rename(2): the new content takes the place of the old one in one step.
+- `create` gives it by link(2), which refuses an existing name: of several processes that create the same file, on
+  whatever nodes, exactly one succeeds. What needs an owner (a term, a run's identity) is claimed like that.
+- `write_file` is for large files inside a directory that nobody reads yet: they are written under their own name,
+  O_EXCL, and become visible with the directory. Their digests are taken from memory on the way, so that what the
+  disk returns later is compared with what was meant, not with what was written.
+
+After a failed fsync the kernel has dropped the dirty pages and a second fsync would report success: the file is
+given up and removed, never fsynced again. Whatever fails, no file that was written aside stays behind, unless the
+process is killed; such leftovers start with a dot and end in ``.aside`` (`is_aside`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+from typing import TypeAlias
+
+import xxhash
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+CHUNK_BYTES = 16 * 1024 * 1024
+"""One digest stands for this many bytes of a file: small enough to say what is damaged."""
+
+_SLICE_BYTES = 4 * 1024 * 1024
+"""Written at a time: the digest has just brought these bytes into the cache. write(2) ends near 2 GiB anyway."""
+
+_SMALL_BYTES = 64 * 1024
+"""Pieces below this are gathered, so that ten thousand small tensors are not ten thousand system calls."""
+
+_ASIDE = ".aside"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A large file that is on disk: its size, and the xxh3-128 (hex) of every `CHUNK_BYTES` of it."""
+
+    size: int
+    digests: tuple[str, ...]
+
+
+def replace(path: Path, data: Buffer, mode: int = 0o644) -> None:
+    """Gives `path` this content, durably and in one step, whether or not it exists. OSError: it has its old one.
+
+    The one exception: when the last fsync, that of the directory, fails, the new content is visible, but may not
+    survive a loss of power.
+    """
+    aside = _write_aside(path, data, mode)
+    try:
+        aside.rename(path)
+    except BaseException:
+        _remove(aside)
+        raise
+    sync_directory(path.parent)
+
+
+def create(path: Path, data: Buffer, mode: int = 0o644) -> None:
+    """Makes `path` with this content, durably. FileExistsError: somebody else has made it (complete, as always)."""
+    aside = _write_aside(path, data, mode)
+    try:
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            # An NFS client repeats a request whose answer was lost, and is then told that the name exists, by
+            # itself. The link count knows better.
+            if aside.stat().st_nlink != 2:
+                raise
+    finally:
+        _remove(aside)
+    sync_directory(path.parent)
+
+
+def make_directory(path: Path, mode: int = 0o755) -> bool:
+    """Makes the directory durably; True when it was this call that made it. The parent must exist."""
+    try:
+        path.mkdir(mode)
+    except FileExistsError:
+        if path.is_dir():
+            return False
+        raise
+    sync_directory(path.parent)
+    return True
+
+
+def sync_directory(path: Path) -> None:
+    """Makes names durable: what was created, renamed or removed in `path` so far."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, chunks: Iterable[Buffer], mode: int = 0o644) -> Written:
+    """Writes a new, large file and makes its bytes durable; its name is with the next `sync_directory`.
+
+    `chunks` may be of any length and are not copied, except small ones. FileExistsError: never written over.
+    After any other failure the file is removed, which also gives back the room it took on a full disk.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        written = _write_digested(fd, chunks)
+        os.fsync(fd)
+    except BaseException:
+        with suppress(OSError):
+            os.close(fd)
+        _remove(path)
+        raise
+    try:
+        os.close(fd)
+    except OSError:
+        _remove(path)
+        raise
+    return written
+
+
+def is_aside(name: str) -> bool:
+    """Whether a file of this name was left by a process that was killed while it wrote."""
+    return name.startswith(".") and name.endswith(_ASIDE)
+
+
+def digest(data: Buffer) -> str:
+    """The xxh3-128 of these bytes, as 32 hex digits."""
+    return xxhash.xxh3_128(data).hexdigest()
+
+
+def digest_of(parts: Iterable[Buffer]) -> str:
+    """The digest of these parts one after another."""
+    hasher = xxhash.xxh3_128()
+    for part in parts:
+        hasher.update(part)
+    return hasher.hexdigest()
+
+
+def _write_aside(path: Path, data: Buffer, mode: int) -> Path:
+    aside = path.with_name(f".{path.name}.{token_hex(6)}{_ASIDE}")
+    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        _write_all(fd, memoryview(data))
+        os.fsync(fd)
+    except BaseException:
+        with suppress(OSError):
+            os.close(fd)
+        _remove(aside)
+        raise
+    try:
+        os.close(fd)
+    except OSError:
+        _remove(aside)
+        raise
+    return aside
+
+
+def _write_digested(fd: int, chunks: Iterable[Buffer]) -> Written:
+    digests: list[str] = []
+    hasher = xxhash.xxh3_128()
+    room = CHUNK_BYTES
+    size = 0
+
+    def put(view: memoryview) -> None:
+        nonlocal hasher, room, size
+        start = 0
+        while start < len(view):
+            part = view[start : start + min(_SLICE_BYTES, room)]
+            hasher.update(part)
+            _write_all(fd, part)
+            start += len(part)
+            size += len(part)
+            room -= len(part)
+            if room == 0:
+                digests.append(hasher.hexdigest())
+                hasher = xxhash.xxh3_128()
+                room = CHUNK_BYTES
+
+    gathered = bytearray()
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        if len(view) < _SMALL_BYTES:
+            gathered += view
+            if len(gathered) < _SLICE_BYTES:
+                continue
+            view = memoryview(b"")
+        if gathered:
+            put(memoryview(gathered))
+            gathered = bytearray()
+        put(view)
+    put(memoryview(gathered))
+    if room < CHUNK_BYTES:
+        digests.append(hasher.hexdigest())
+    return Written(size, tuple(digests))
+
+
+def _write_all(fd: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
