@@ -1,0 +1,7 @@
+"""`python -m hpcft` is the same as `hpcft`."""
+
+import sys
+
+from hpcft.cli import main
+
+sys.exit(main())

@@ -1,0 +1,463 @@
+"""The command line: it wires, and never computes.
+
+Every command imports what it needs when it runs, so that `import hpcft.cli` stays cheap: no torch, no pydantic, no
+rich, no asyncio. `hpcft status` has to answer at once, on login nodes and from slow file systems.
+
+`main` is the one way in. It turns whatever ends a command into an exit code of docs/exit-codes.md: errors meant for
+users become a message and a hint on stderr (one JSON object there under `--json`); everything else is a defect and
+keeps its traceback. The commands and options are frozen in docs/cli.md, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from hpcft import __version__
+from hpcft.errors import ExitCode, HpcftError, NotFoundError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from hpcft.config import Config
+    from hpcft.rundir import RunDirectory
+
+INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
+BROKEN_PIPE = 141
+"""128 + SIGPIPE: whoever read our output has gone."""
+
+_UNLIMITED = 10_000
+"""Columns where no terminal cuts a line."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _ReaderGone(click.ClickException):
+    """What we write to is a pipe that nobody reads any more. click itself would end with 1 there, a defect's code."""
+
+
+class _Commands(click.Group):
+    """Commands in the order in which a user meets them, and a word about the nearest one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(name, self.commands, 1)
+            meant = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(self.commands)}."
+            ctx.fail(f"No such command {name!r}. {meant}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _ReaderGone(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="hpcft %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Keeps training jobs alive on Slurm clusters.
+
+    A run is described by a configuration file (CONFIG, see docs/configuration.md) and keeps everything in its run
+    directory. RUN is the name of a run, its directory, or its configuration file; without it, the run that is live
+    is meant, else the newest.
+
+    Exit codes: docs/exit-codes.md.
+    """
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+
+
+# --- what several commands share -------------------------------------------------------------------------------
+
+
+def _complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    from hpcft.rundir import runs
+
+    names = [run.name for run in runs(ctx.params.get("root") or Path("runs"))]
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+_config_argument = click.argument("config", type=click.Path(path_type=Path))
+_set_option = click.option(
+    "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of CONFIG; may be repeated."
+)
+_from_option = click.option(
+    "--from",
+    "from_step",
+    type=click.IntRange(min=0),
+    metavar="STEP",
+    help="Start from the checkpoint of this step, as a new branch, instead of the newest.",
+)
+_run_argument = click.argument("run", required=False, shell_complete=_complete_run)
+_root_option = click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    envvar="HPCFT_RUN__ROOT",
+    show_envvar=True,
+    help="Where the run directories are.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document instead of text.")
+
+
+def _with(*options: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
+    def decorate(function: _Function) -> _Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _load(config: Path, sets: Sequence[str]) -> Config:
+    from hpcft.config import load
+
+    return load(config, sets=sets, environ=os.environ)
+
+
+def _find(root: Path, run: str | None) -> RunDirectory:
+    from hpcft.rundir import RunDirectory, find_run
+
+    if run is not None and run.endswith(".toml") and Path(run).is_file():
+        section = _load(Path(run), ()).run
+        found = RunDirectory(section.root / section.name)
+        if not found.identity.is_file():
+            raise NotFoundError(f"the run {section.name} of {run} has not been started", f"hpcft submit {run}")
+        return found
+    return find_run(root, run)
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+# --- starting --------------------------------------------------------------------------------------------------
+
+
+@cli.command("run")
+@_with(_config_argument, _set_option, _from_option, _json_option)
+@click.option("--nodes", type=click.IntRange(min=1), metavar="N", help="Virtual nodes; default: local.nodes of CONFIG.")
+@click.option("--workers", type=click.IntRange(min=1), metavar="K", help="Workers on each; default: local.workers.")
+def run_command(
+    config: Path,
+    sets: tuple[str, ...],
+    from_step: int | None,
+    as_json: bool,
+    nodes: int | None,
+    workers: int | None,
+) -> int:
+    """Train on this machine.
+
+    Starts a local cluster, virtual nodes on loopback, and goes through the same code as under Slurm. With --json the
+    progress goes to stderr, and at the end the status of the run to stdout.
+    """
+    from hpcft import status
+    from hpcft.config import check_program
+    from hpcft.local import run_local
+    from hpcft.rundir import RunDirectory
+
+    loaded = _load(config, sets)
+    check_program(loaded)
+    code = run_local(
+        loaded,
+        config,
+        sets=sets,
+        nodes=nodes or loaded.local.nodes,
+        workers=workers or loaded.local.workers,
+        from_step=from_step,
+        report=lambda line: click.echo(line, err=as_json),
+    )
+    if as_json:
+        _print_json(status.read(RunDirectory(loaded.run.root / loaded.run.name)))
+    return code
+
+
+@cli.command("submit")
+@_with(_config_argument, _set_option, _from_option, _json_option)
+@click.option("--dry-run", is_flag=True, help="Check all, print the exact command and script, submit nothing.")
+@click.argument("sbatch_args", nargs=-1, type=click.UNPROCESSED)
+def submit_command(
+    config: Path,
+    sets: tuple[str, ...],
+    from_step: int | None,
+    as_json: bool,
+    dry_run: bool,
+    sbatch_args: tuple[str, ...],
+) -> int:
+    """Submit to Slurm.
+
+    Checks CONFIG and the training program first. What follows `--` goes to sbatch:
+
+    \b
+        hpcft submit train.toml -- --nodes 8 --time 12:00:00
+    """
+    from hpcft import submit
+
+    job = submit.prepare(config, _load(config, sets), sets=sets, from_step=from_step, sbatch_args=sbatch_args)
+    if dry_run:
+        _print_json(job.as_dict()) if as_json else click.echo(job.text(), nl=False)
+        return ExitCode.OK
+    job_id = submit.send(job)
+    if as_json:
+        _print_json({"job_id": job_id, **job.as_dict()})
+    else:
+        click.echo(f"job {job_id} submitted; run directory {job.run_directory}")
+        click.echo(f"what it does: hpcft status {job.run_directory}")
+    return ExitCode.OK
+
+
+@cli.command("agent")
+@_with(_config_argument, _set_option, _from_option)
+def agent_command(config: Path, sets: tuple[str, ...], from_step: int | None) -> int:
+    """The daemon of one node.
+
+    Not for people: srun starts it on every node of the job.
+    """
+    from hpcft import node
+
+    return node.keep(_load(config, sets), from_step=from_step)
+
+
+@cli.command("wait")
+@_with(_config_argument, _set_option, _from_option)
+@click.option(
+    "--srun", type=int, metavar="PID", help="The step's srun: if it ends and no verdict follows, so does this."
+)
+def wait_command(config: Path, sets: tuple[str, ...], from_step: int | None, srun: int | None) -> int:
+    """Wait for the job's verdict.
+
+    Used by the batch script instead of waiting for srun; exits with the run's code. Takes what `hpcft agent` takes,
+    so that the script can hand its arguments to both.
+    """
+    del from_step
+    from hpcft import verdicts
+    from hpcft.rundir import RunDirectory
+    from hpcft.slurm.environment import from_environment
+
+    section = _load(config, sets).run
+    run = RunDirectory((section.root / section.name).resolve())
+    verdict = verdicts.wait(run, from_environment(os.environ).start, srun)
+    click.echo(f"{verdict.outcome.value}: {verdict.reason}", err=True)
+    return verdict.exit_code
+
+
+# --- watching --------------------------------------------------------------------------------------------------
+
+
+@cli.command("status")
+@_with(_run_argument, _root_option, _json_option)
+@click.option("--watch", is_flag=True, help="Once a second, until the run has ended or you press Ctrl-C.")
+def status_command(run: str | None, root: Path, as_json: bool, watch: bool) -> int:
+    """What is going on, in one screen.
+
+    State, step, nodes and workers, checkpoints, incidents with their reasons, goodput, budget, time to go. The
+    JSON follows docs/status.schema.json.
+    """
+    from hpcft import status
+
+    found = _find(root, run)
+    while True:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
+        snapshot = status.read(found)
+        if as_json:
+            click.echo(json.dumps(snapshot, ensure_ascii=False)) if watch else _print_json(snapshot)
+        else:
+            if watch and sys.stdout.isatty():
+                click.echo("\x1b[H\x1b[2J", nl=False)
+            click.echo(status.render(snapshot, width))
+        if not watch or snapshot.get("verdict") is not None:
+            return ExitCode.OK
+        time.sleep(1)
+
+
+@cli.command("logs")
+@_with(_run_argument, _root_option, _json_option)
+@click.option("--rank", type=click.IntRange(min=0), metavar="R", help="Only this worker.")
+@click.option("--node", metavar="NODE", help="Only this node.")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what is written from now on, until Ctrl-C.")
+@click.option(
+    "--lines", "-n", type=click.IntRange(min=0), metavar="N", default=20, show_default=True, help="The last so many."
+)
+def logs_command(
+    run: str | None, root: Path, as_json: bool, rank: int | None, node: str | None, follow: bool, lines: int
+) -> int:
+    """What workers and agents have written.
+
+    Without --rank: the agents, and the workers of the newest generation. With it: that rank over all generations.
+    """
+    from hpcft import logview
+
+    for line in logview.read(_find(root, run), rank=rank, node=node, lines=lines, follow=follow):
+        click.echo(json.dumps(line.as_dict(), ensure_ascii=False) if as_json else line.text())
+    return ExitCode.OK
+
+
+@cli.command("ledger")
+@_with(_run_argument, _root_option, _json_option)
+def ledger_command(run: str | None, root: Path, as_json: bool) -> int:
+    """Which samples were used, and how often.
+
+    Per epoch: how many once, more than once, never. Needs `data.ledger = true`.
+    """
+    from hpcft import reports
+    from hpcft.data import account
+
+    report = account.report(_find(root, run).path)
+    _print_json(reports.ledger_as_dict(report)) if as_json else click.echo(reports.ledger_text(report))
+    return ExitCode.OK
+
+
+@cli.group("ckpt", cls=_Commands)
+def ckpt_group() -> None:
+    """Checkpoints of a run."""
+
+
+@ckpt_group.command("ls")
+@_with(_run_argument, _root_option, _json_option)
+def ckpt_ls_command(run: str | None, root: Path, as_json: bool) -> int:
+    """List them, the newest first."""
+    from hpcft import reports
+
+    listing = reports.list_checkpoints(_find(root, run))
+    _print_json(listing.as_dict()) if as_json else click.echo(listing.text())
+    return ExitCode.OK
+
+
+@ckpt_group.command("verify")
+@_with(_run_argument, _root_option, _json_option)
+@click.option(
+    "--step", type=click.IntRange(min=0), metavar="STEP", help="Only the checkpoint of this step; default: all."
+)
+def ckpt_verify_command(run: str | None, root: Path, as_json: bool, step: int | None) -> int:
+    """Read every byte and compare digests.
+
+    Exit code 16: something is damaged; the file, the place and the tensors are named.
+    """
+    from hpcft import reports
+
+    verification = reports.verify_checkpoints(_find(root, run), step)
+    _print_json(verification.as_dict()) if as_json else click.echo(verification.text())
+    return ExitCode.OK if verification.sound else ExitCode.DAMAGED
+
+
+@cli.command("stop")
+@_with(_run_argument, _root_option, _json_option)
+def stop_command(run: str | None, root: Path, as_json: bool) -> int:
+    """Ask a live run to save and end."""
+    from hpcft import operators
+
+    answer = operators.stop(_find(root, run))
+    _print_json({"answer": answer}) if as_json else click.echo(answer)
+    return ExitCode.OK
+
+
+# --- the surroundings ------------------------------------------------------------------------------------------
+
+
+@cli.command("doctor")
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@_with(_set_option, _json_option)
+def doctor_command(config: Path | None, sets: tuple[str, ...], as_json: bool) -> int:
+    """Find now what would fail later.
+
+    Versions, Slurm's settings, the file system of the run directory, memory, network, GPUs; each line says what to
+    do. Exit code 14: something would fail.
+    """
+    from hpcft import doctor
+
+    loaded = _load(config, sets) if config is not None else None
+    findings = []
+    for finding in doctor.examine(loaded):
+        findings.append(finding)
+        if not as_json:
+            colour = {"ok": "green", "warn": "yellow", "fail": "red"}[finding.grade]
+            click.echo(f"{click.style(f'{finding.grade:4}', fg=colour)}  {finding.text()}")
+    if as_json:
+        _print_json(doctor.as_dict(findings))
+    return doctor.exit_code(findings)
+
+
+@cli.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_command(shell: str) -> int:
+    """Print a shell completion script.
+
+    For bash: eval "$(hpcft completion bash)"
+    """
+    from click.shell_completion import get_completion_class
+
+    completion = get_completion_class(shell)
+    assert completion is not None
+    click.echo(completion(cli, {}, "hpcft", "_HPCFT_COMPLETE").source())
+    return ExitCode.OK
+
+
+# --- the way in ------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; the console script exits with it."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = cli.main(given, prog_name="hpcft", standalone_mode=False)
+        sys.stdout.flush()
+    except (_ReaderGone, BrokenPipeError):
+        # The interpreter flushes stdout once more when it ends, and would complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except click.exceptions.NoArgsIsHelpError as asked:
+        click.echo(asked.format_message(), err=True)
+        return ExitCode.USAGE
+    except click.ClickException as error:
+        return _complain(error.format_message(), _usage_hint(error), ExitCode.USAGE, given)
+    except HpcftError as error:
+        return _complain(error.message, error.hint, error.exit_code, given)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    return int(result or 0)
+
+
+def _usage_hint(error: click.ClickException) -> str:
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is not None and context.command.name == "submit" and isinstance(error, click.NoSuchOption):
+        return "sbatch's own options come after --, as in: hpcft submit train.toml -- --nodes 8"
+    return f"{context.command_path} --help" if context is not None else "hpcft --help"
+
+
+def _complain(message: str, hint: str, code: ExitCode, given: list[str]) -> int:
+    own = given[: given.index("--")] if "--" in given else given
+    if "--json" in own:
+        error = {"error": {"message": message, "hint": hint, "code": int(code), "kind": code.name.lower()}}
+        click.echo(json.dumps(error, ensure_ascii=False), err=True)
+        return code
+    plain = False if os.environ.get("NO_COLOR") else None
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True, color=plain)
+    if hint:
+        click.echo(f"{click.style('hint:', fg='cyan')} {hint}", err=True, color=plain)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Trainings to start from, and what the demonstration runs."""

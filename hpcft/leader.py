@@ -1,0 +1,657 @@
+"""The leader's loop: feed an event, ask the policy, journal, perform.
+
+Theory of operation
+-------------------
+One agent of the allocation holds the term and runs this beside its own part as a member. All state is the
+`World`; all of it changes in `feed`, on the event loop, without awaiting anything: apply, decide, journal, perform,
+until the policy has nothing more to say. Edges that block (the run directory, the store, Slurm) live on threads
+or tasks of their own and come back with an event.
+
+A leader that can neither renew its term nor hear a majority leaves office by itself (`SteppedDown`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, assert_never
+
+import orjson
+
+from hpcft import cadence, durable, stream, wire
+from hpcft.commits import Commits
+from hpcft.errors import HpcftError, UnusableError
+from hpcft.events import (
+    Action,
+    CheckpointCommitted,
+    CheckpointsFound,
+    Commit,
+    Conclude,
+    Confirm,
+    End,
+    Event,
+    Evict,
+    Halt,
+    HaltWorkers,
+    KeeperVanished,
+    LeaseRenewed,
+    NodeHeard,
+    NodeJoined,
+    NodeReported,
+    Order,
+    OrderSave,
+    Outcome,
+    Prepare,
+    Progressed,
+    Propose,
+    Quarantine,
+    Requeue,
+    RequeueAccepted,
+    RequeueRefused,
+    SaveAndStop,
+    Start,
+    StopAsked,
+    StreamClosed,
+    TermBegan,
+    Termination,
+    TerminationAsked,
+    Ticked,
+    Verdict,
+    WorkerFailed,
+    WorkerReturned,
+    WorkersReady,
+    WorkerStopped,
+    WorkersVanished,
+    WorldAcknowledged,
+    WorldRefused,
+)
+from hpcft.ids import Generation, Incarnation, NodeId, RunId, Step
+from hpcft.journal import Journal, Replayed
+from hpcft.membership import may_lead
+from hpcft.operators import spooled
+from hpcft.policy import Rules, decide
+from hpcft.renewal import Renewal
+from hpcft.rundir import RunDirectory
+from hpcft.store import Heartbeat, HeartbeatReader, StoreServer
+from hpcft.terms import TermRecord
+from hpcft.units import Cadence
+from hpcft.world import Phase, World, apply
+
+log = logging.getLogger("hpcft.leader")
+
+TICK_SECONDS = 0.1
+STATUS_SECONDS = 1.0
+DECISIONS_PER_EVENT = 64
+"""Each decision changes the world so that the next differs; more than this in a row is a defect of the policy."""
+SAVING_SHARE = 0.6
+"""Of KillWait, for the last checkpoint; the rest is for its commit, the verdict and the agents' end."""
+JOURNAL_SECONDS = 10.0
+ENDING_SECONDS = 10.0
+"""Before the time limit everything of ours is over by this much."""
+REPEAT_SECONDS = 2.0
+"""An ordered save that came too late for some rank is ordered again, further ahead, after this long."""
+SAVE_LEAD_SECONDS = 0.6
+"""An ordered save lies this far ahead, so that every rank has read the order before the step comes."""
+
+FROM_AGENTS = (
+    NodeHeard
+    | WorldAcknowledged
+    | WorldRefused
+    | WorkersReady
+    | Progressed
+    | NodeReported
+    | WorkerFailed
+    | WorkerReturned
+    | WorkerStopped
+)
+
+
+class SteppedDown(Exception):
+    """This agent may no longer lead."""
+
+
+class JobControl(Protocol):
+    """What a leader asks of the resource manager: Slurm, or the local launcher."""
+
+    async def requeue(self) -> None:
+        """Raises HpcftError when refused."""
+
+    async def why_terminated(self) -> Termination: ...
+
+    async def seconds_left(self) -> float | None:
+        """Until the time limit, if there is one."""
+
+    async def kill_wait(self) -> float:
+        """Seconds between SIGTERM and SIGKILL."""
+
+
+View = Callable[[World, Rules, float], dict[str, Any]]
+"""How a world looks to an operator: `status.snapshot`, handed in because views lie above this module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Office:
+    """What a leader needs to know beyond the world."""
+
+    run: RunId
+    directory: RunDirectory
+    record: TermRecord
+    allocation: str
+    nodes: tuple[NodeId, ...]
+    checkpoints: CheckpointsFound
+    save_every: Cadence
+    end_lead: float
+
+
+class Leader:
+    """In office from `lead()` on; before that, arriving agents wait."""
+
+    def __init__(
+        self,
+        office: Office,
+        rules: Rules,
+        replayed: Replayed,
+        control: JobControl,
+        commits: Callable[[Callable[[Event], None]], Commits],
+        view: View,
+    ) -> None:
+        self._office = office
+        self._rules = rules
+        self._replayed = replayed
+        self._secret = b""
+        self._control = control
+        self._view = view
+        self._loop = asyncio.get_running_loop()
+        self.world = replayed.world
+        self._clock_base = replayed.clock - time.monotonic()
+        self._events: deque[Event] = deque()
+        self._feeding = False
+        self._streams: dict[NodeId, stream.Stream] = {}
+        self._renewal = Renewal(
+            office.directory.terms, office.record.term, rules.timing.timeout / 5, self._renewed, self._deposed
+        )
+        self._renewal_wanted: float | None = None
+        self._renewed_at = time.monotonic()
+        self._commits = commits(lambda event: self._post(event))
+        self._journal = Journal(
+            office.directory.journal,
+            office.record.term,
+            self.world.generation,
+            office.record.incarnation,
+            replayed,
+        )
+        self._store: StoreServer | None = None
+        self._heartbeats: HeartbeatReader | None = None
+        self._meeting: tuple[Generation, StoreServer] | None = None
+        self._save_order: tuple[Step, bool] | None = None
+        self._saved_at = replayed.clock
+        self._signals: set[str] = set()
+        self._kill_wait: asyncio.Future[float]
+        self._concluded: asyncio.Future[Verdict | SteppedDown] = self._loop.create_future()
+        self._running: set[asyncio.Task[None]] = set()
+        self._tasks: asyncio.TaskGroup | None = None
+
+    # --- the loop ---
+
+    def now(self) -> float:
+        """The run clock."""
+        return self._clock_base + time.monotonic()
+
+    async def lead(self, secret: bytes, in_office: Callable[[], None]) -> Verdict:
+        """Stay in office until the run's start has a verdict; calls `in_office` when agents may be admitted.
+
+        Raises:
+            SteppedDown: another agent may lead by now.
+        """
+        office = self._office
+        self._secret = secret
+        self._renewal.start()
+        before = self._replayed.world
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                self._kill_wait = asyncio.ensure_future(self._control.kill_wait())
+                self._spawn(self._tick(), "tick")
+                self._spawn(self._write_status(), "status")
+                self._spawn(self._open_store(), "store")
+                self.feed(
+                    TermBegan(
+                        office.run,
+                        office.record.term,
+                        office.record.node,
+                        office.record.incarnation,
+                        office.allocation,
+                        office.nodes,
+                        takeover=before.allocation == office.allocation
+                        and before.verdict is None
+                        and before.leader != office.record.node,
+                    )
+                )
+                self.feed(office.checkpoints)
+                in_office()
+                outcome = await self._concluded
+                for task in (*self._running, self._kill_wait):
+                    task.cancel()
+            if isinstance(outcome, Verdict):  # else the status is the next leader's to write
+                await asyncio.to_thread(self._publish_status)
+        except* UnusableError as group:
+            raise SteppedDown(f"this node cannot lead: {group.exceptions[0]}") from group
+        finally:
+            await asyncio.to_thread(self._close)
+        if isinstance(outcome, SteppedDown):
+            raise outcome
+        return outcome
+
+    def feed(self, event: Event) -> None:
+        """Apply an event and carry out what follows. Only the event loop's thread calls this."""
+        if self._concluded.done():
+            return  # out of office
+        self._events.append(event)
+        if self._feeding:
+            return
+        self._feeding = True
+        try:
+            while self._events:
+                self._take(self._events.popleft())
+        finally:
+            self._feeding = False
+
+    def _take(self, event: Event) -> None:
+        now = self.now()
+        self.world = apply(self.world, event, now)
+        if isinstance(event, CheckpointCommitted) and event.checkpoint in self.world.checkpoints:
+            self._commits.retain(self.world.checkpoints)
+        self._journal.append(event, now)
+        for _ in range(DECISIONS_PER_EVENT):
+            decided = decide(self.world, self._rules, now)
+            if not decided.actions:
+                return
+            log.info("%s", decided.reason)
+            self.world = apply(self.world, decided, now)
+            self._journal.append(decided, now)
+            for action in decided.actions:
+                self._perform(action)
+        raise AssertionError(f"the policy does not settle: {decided.reason}")
+
+    def _post(self, event: Event) -> None:
+        """From any thread."""
+        self._loop.call_soon_threadsafe(self.feed, event)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        assert self._tasks is not None
+        task = self._tasks.create_task(work, name=name)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Propose(formation):
+                self._commits.follow(formation)
+                self._save_order = None
+                self._saved_at = self.now()
+                self._renewal_wanted = time.monotonic()
+                self._renewal.hurry()
+                self._broadcast(Prepare(formation))
+                self._spawn(self._open_meeting(formation.generation), "meeting")
+            case Commit():
+                self._broadcast_start()
+            case Evict(node, _incarnation):
+                gone = self._streams.pop(node, None)
+                if gone is not None:
+                    gone.close()
+                if self._heartbeats is not None:
+                    self._heartbeats.forget(node)
+            case SaveAndStop():
+                self._order_save(stop=True)
+            case HaltWorkers(generation):
+                self._broadcast(Halt(self._office.record.term, generation))
+            case Quarantine(checkpoint, detail):
+                self._commits.quarantine(checkpoint, detail)
+            case Requeue():
+                self._spawn(self._requeue(), "requeue")
+            case Conclude(verdict):
+                self._spawn(self._conclude(verdict), "conclude")
+            case _:
+                assert_never(action)
+
+    def _broadcast_start(self) -> None:
+        """Once the world has taken effect and its workers have a place to meet: whichever comes last."""
+        for connected in self._streams.values():
+            self._send_start(connected)
+
+    def _send_start(self, connected: stream.Stream) -> None:
+        formation = self.world.formation
+        if formation is None or self.world.phase is not Phase.RUNNING or self._meeting is None:
+            return
+        generation, store = self._meeting
+        if generation == formation.generation:
+            host, port = store.address
+            connected.send({"meeting": {"generation": generation, "host": host, "port": port}})
+            connected.send({"order": wire.encode(Start(formation.term, generation))})
+
+    def _broadcast(self, order: Order) -> None:
+        message = {"order": wire.encode(order)}
+        for connected in self._streams.values():
+            connected.send(message)
+
+    # --- agents ---
+
+    def admit(self, connected: stream.Stream) -> None:
+        """Take over an incoming connection."""
+        self._spawn(self._serve(connected), "stream")
+
+    async def _serve(self, connected: stream.Stream) -> None:
+        hello = connected.hello
+        match hello.get("purpose"):
+            case "agent":
+                await self._serve_agent(connected, hello)
+            case "lifeline":
+                await self._watch_lifeline(connected, hello)
+            case "operator":
+                await self._serve_operator(connected)
+            case _:
+                connected.close()
+
+    async def _serve_agent(self, connected: stream.Stream, hello: Mapping[str, Any]) -> None:
+        joined = NodeJoined(
+            NodeId(str(hello["node"])),
+            Incarnation(str(hello["incarnation"])),
+            str(hello["address"]),
+            int(hello["workers"]),
+        )
+        old = self._streams.get(joined.node)
+        if old is not None:
+            old.close()
+        self._streams[joined.node] = connected
+        if self._store is not None:
+            self._welcome(connected)
+        if self._heartbeats is not None:
+            self._heartbeats.register(joined.node, joined.incarnation)
+        self.feed(joined)
+        formation = self.world.formation
+        if formation is not None and self.world.phase in (Phase.FORMING, Phase.RUNNING):
+            # it may have missed these while its connection was broken; both are harmless when repeated
+            connected.send({"order": wire.encode(Prepare(formation))})
+            self._send_start(connected)
+        try:
+            while True:
+                self._hear(joined, connected, await connected.receive())
+        except stream.StreamClosed as closed:
+            reason = str(closed)
+        except (wire.WireError, KeyError, TypeError, ValueError) as error:
+            reason = f"it sent what is not in the protocol: {error}"
+            log.warning("%s: %s", joined.node, reason)
+            connected.close(reason)
+        if self._streams.get(joined.node) is connected:
+            del self._streams[joined.node]
+            self.feed(StreamClosed(joined.node, joined.incarnation, reason))
+
+    def _hear(self, joined: NodeJoined, connected: stream.Stream, message: Mapping[str, Any]) -> None:
+        match message:
+            case {"event": raw}:
+                event = wire.decode_event(raw)
+                if not isinstance(event, FROM_AGENTS) or event.node != joined.node:
+                    raise wire.WireError(f"{type(event).__name__} is not for {joined.node} to say")
+                if isinstance(event, NodeHeard):
+                    self._heard(event)
+                else:
+                    self.feed(event)
+            case {"shard": {"generation": generation, "step": step, "rank": rank, "report": report}}:
+                self._commits.reported(generation, step, rank, report)
+            case {"save_failed": {"generation": generation, "step": step, "rank": rank, "reason": reason}}:
+                self._commits.failed(generation, step, rank, reason)
+            case {"signal": name}:
+                self._signalled(str(name))
+            case _:
+                raise wire.WireError(f"unknown message {sorted(message)}")
+
+    def _heard(self, event: NodeHeard) -> None:
+        node = self.world.node(event.node)
+        if node is None or node.incarnation != event.incarnation:
+            return
+        self.feed(event)
+        connected = self._streams.get(event.node)
+        if connected is not None:
+            order = Confirm(self._office.record.term, event.sequence)
+            connected.send({"order": wire.encode(order)})
+
+    async def _watch_lifeline(self, connected: stream.Stream, hello: Mapping[str, Any]) -> None:
+        """Only an orderly close proves that the last holder is gone; a broken connection proves nothing."""
+        try:
+            await connected.receive()
+        except stream.StreamClosed as closed:
+            if closed.ending is not stream.Ending.EOF:
+                return
+            node, incarnation = NodeId(str(hello["node"])), Incarnation(str(hello["incarnation"]))
+            gone: Event = (
+                KeeperVanished(node, incarnation)
+                if hello.get("line") == "keeper"
+                else WorkersVanished(node, incarnation)
+            )
+            self.feed(gone)
+        else:
+            connected.close()  # nothing is ever said on a lifeline
+
+    async def _serve_operator(self, connected: stream.Stream) -> None:
+        try:
+            connected.send(self._command(await connected.receive()))
+        except stream.StreamClosed:
+            return
+        finally:
+            connected.close()
+
+    def _command(self, command: Mapping[str, Any]) -> Mapping[str, Any]:
+        match command:
+            case {"do": "stop", "by": str(by)}:
+                self.feed(StopAsked(by))
+                return {"done": self.world.last_reason}
+            case {"do": "status"}:
+                return {"status": self.snapshot()}
+            case _:
+                log.warning("unknown operator's command: %s", sorted(command))
+                return {"error": f"unknown command {sorted(command)}"}
+
+    def _welcome(self, connected: stream.Stream) -> None:
+        assert self._store is not None
+        connected.send(
+            {
+                "welcome": {
+                    "term": self._office.record.term,
+                    "store_host": self._store.address[0],
+                    "store_port": self._store.address[1],
+                    "kill_wait": self._kill_wait.result() if self._kill_wait.done() else None,
+                }
+            }
+        )
+
+    # --- edges ---
+
+    async def _open_store(self) -> None:
+        """The TCPStore of this leadership, for heartbeats."""
+        self._store = store = await StoreServer.start(self._office.record.host)
+        self._heartbeats = HeartbeatReader(
+            store.address,
+            self._secret,
+            self._office.record.term,
+            self._beat,
+            interval=self._rules.timing.interval / 2,
+        )
+        for node, connected in self._streams.items():
+            known = self.world.node(node)
+            if known is not None:
+                self._heartbeats.register(node, known.incarnation)
+            self._welcome(connected)
+
+    async def _open_meeting(self, generation: Generation) -> None:
+        """A TCPStore where the workers of one generation meet.
+
+        Each has its own: in a store that was used before, a program's new workers would read the addresses of dead
+        peers (the keys of torch's `env://` say nothing of attempts), and the program's own keys would be left over.
+        """
+        store = await StoreServer.start(self._office.record.host)
+        formation = self.world.formation
+        if formation is None or formation.generation != generation:
+            store.close()
+            return
+        if self._meeting is not None:
+            self._meeting[1].close()
+        self._meeting = (generation, store)
+        self._broadcast_start()
+
+    def _beat(self, node: NodeId, beat: Heartbeat) -> None:
+        self._heard(NodeHeard(node, beat.incarnation, beat.generation, beat.sequence))
+
+    async def _tick(self) -> None:
+        timing = self._rules.timing
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            # first of all: after a pause of this process it may have no right to decide anything
+            stays, why = may_lead(self._renewed_at, self._majority_at(), time.monotonic(), timing)
+            if not stays:
+                self._deposed(why)
+                return
+            self.feed(Ticked())
+            self._keep_cadence()
+
+    def _majority_at(self) -> float:
+        """When a majority of the last world had been heard, as a monotonic time of this process."""
+        heard = sorted(
+            (
+                node.heard_at
+                for member in self.world.previous
+                if (node := self.world.node(member.node)) is not None and node.connected
+            ),
+            reverse=True,
+        )
+        needed = len(self.world.previous) // 2 + 1
+        return heard[needed - 1] - self._clock_base if len(heard) >= needed else float("-inf")
+
+    def _renewed(self, began: float) -> None:
+        """The term's lease reached the run directory; the write began at `began` (monotonic)."""
+        self._renewed_at = began
+        if self._renewal_wanted is not None and began >= self._renewal_wanted:
+            self._renewal_wanted = None
+            self.feed(LeaseRenewed(self._office.record.term))
+
+    def _deposed(self, why: str) -> None:
+        """A later term was claimed: whatever this leader still believes, it decides nothing any more."""
+        log.error("%s: leaving office", why)
+        self._conclude_with(SteppedDown(why))
+
+    def _keep_cadence(self) -> None:
+        """Order saves that are due by the clock, and repeat an order that came too late for some rank."""
+        world = self.world
+        if world.formation is None or world.training_since is None:
+            return
+        if self._save_order is not None:
+            step, stop = self._save_order
+            saved = world.restore is not None and world.restore.step >= step
+            failed = world.save_failed is not None and world.save_failed[0] >= step
+            if not stop and (saved or failed):
+                self._save_order = None  # the cadence has its next turn
+            elif world.step > step and not saved and self.now() > self._saved_at + REPEAT_SECONDS:
+                self._order_save(stop=stop)
+            return
+        if world.phase is Phase.RUNNING and cadence.due(self._office.save_every, world, self.now(), self._saved_at):
+            self._order_save(stop=False)
+
+    def _order_save(self, *, stop: bool) -> None:
+        world = self.world
+        formation = world.formation
+        if formation is None:
+            return
+        self._saved_at = self.now()
+        step = cadence.meeting_step(world, self.now(), SAVE_LEAD_SECONDS)
+        self._save_order = (step, stop)
+        self._broadcast(OrderSave(self._office.record.term, formation.generation, step, stop))
+
+    def _signalled(self, name: str) -> None:
+        """Slurm signals all agents at once; the first report of each signal is acted upon."""
+        if name not in self._signals:
+            self._signals.add(name)
+            self._spawn(self._ask_why(name), f"signal-{name}")
+
+    async def _ask_why(self, name: str) -> None:
+        if name == "USR1":
+            left = await self._control.seconds_left()
+            seconds = self._office.end_lead if left is None else left
+            self.feed(TerminationAsked(Termination.TIME_LIMIT, max(1.0, seconds - ENDING_SECONDS)))
+            return
+        came = time.monotonic()
+        saving = await self._kill_wait * SAVING_SHARE
+        why = await self._control.why_terminated()
+        self.feed(TerminationAsked(why, max(0.5, came + saving - time.monotonic())))
+
+    async def _requeue(self) -> None:
+        await self._sync_journal()
+        try:
+            await self._control.requeue()
+        except HpcftError as error:
+            self.feed(RequeueRefused(error.message))
+        else:
+            self.feed(RequeueAccepted())
+
+    async def _conclude(self, verdict: Verdict) -> None:
+        """The order matters: the verdict is durable before anybody acts on it."""
+        office = self._office
+        path = office.directory.verdict(office.allocation)
+        body = orjson.dumps({**asdict(verdict), "allocation": office.allocation, "step": self.world.step})
+        await self._sync_journal()
+        try:
+            await asyncio.to_thread(durable.replace, path, body)
+            if verdict.outcome is Outcome.FINISHED:
+                await asyncio.to_thread(durable.replace, office.directory.finished, body)
+        except OSError as error:
+            log.error("the verdict could not be written to %s: %s", path, error)
+        self._broadcast(End(office.record.term, verdict))
+        await asyncio.to_thread(self._renewal.release)
+        self._conclude_with(verdict)
+
+    async def _sync_journal(self) -> None:
+        """Budgets are to be on disk before the job leaves its nodes, but no start waits for ever for a disk."""
+        try:
+            async with asyncio.timeout(JOURNAL_SECONDS):
+                await self._journal.sync()
+        except (OSError, TimeoutError) as error:
+            log.error("the journal may not be complete on disk: %s", error or f"no answer in {JOURNAL_SECONDS:g} s")
+
+    def _conclude_with(self, outcome: Verdict | SteppedDown) -> None:
+        if not self._concluded.done():
+            self._concluded.set_result(outcome)
+
+    # --- views ---
+
+    def snapshot(self) -> dict[str, Any]:
+        found = self._view(self.world, self._rules, self.now())
+        if self._journal.failed is not None:
+            found["warnings"] = [f"the journal cannot be written, and is tried again: {self._journal.failed}"]
+        return found
+
+    async def _write_status(self) -> None:
+        """Publish what there is to see, and look for operators' commands in the spool."""
+        while True:
+            await asyncio.to_thread(self._publish_status)
+            for command in await asyncio.to_thread(lambda: list(spooled(self._office.directory.spool))):
+                self._command(command)
+            await asyncio.sleep(STATUS_SECONDS)
+
+    def _publish_status(self) -> None:
+        try:
+            durable.replace(self._office.directory.status, orjson.dumps(self.snapshot()))
+        except OSError as error:
+            log.warning("status.json could not be written: %s", error)
+
+    def _close(self) -> None:
+        self._journal.close()
+        self._commits.close()
+        self._renewal.close()
+        if self._heartbeats is not None:
+            self._heartbeats.close()
+        if self._store is not None:
+            self._store.close()
+        if self._meeting is not None:
+            self._meeting[1].close()

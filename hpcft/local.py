@@ -1,0 +1,214 @@
+"""A local cluster: N nodes on this machine, each a keeper with its agent, pool and workers, on loopback.
+
+`hpcft run` goes through the same code as a job under Slurm, with 127.0.0.1, 127.0.0.2 … as the nodes' addresses. This
+process plays Slurm's part: it starts the agents, passes signals on, starts them again after a verdict of "requeued",
+and ends with the run's exit code. What it shows is read from the run directory, as `hpcft status` does.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpcft import process, status, verdicts
+from hpcft.checkpoint import read as checkpoint_read
+from hpcft.config import Config
+from hpcft.errors import BelowMinimumError, ExitCode, UnusableError
+from hpcft.events import Outcome, Verdict
+from hpcft.ids import Step
+from hpcft.progress import Reporter
+from hpcft.rundir import RunDirectory
+
+_LOOK_SECONDS = 0.2
+_KILL_SECONDS = 15.0
+_LAST_LINES = 15
+
+
+@dataclass(slots=True)
+class _Start:
+    """One start of the run: what Slurm would call one run of the job."""
+
+    number: int
+    name: str
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+
+def run_local(
+    config: Config,
+    config_file: Path,
+    *,
+    nodes: int,
+    workers: int,
+    sets: Sequence[str] = (),
+    from_step: int | None = None,
+    report: Callable[[str], None] = print,
+) -> int:
+    """Train on a cluster of `nodes` x `workers` on this machine; returns the run's exit code.
+
+    Raises:
+        HpcftError: the run cannot be started: too few nodes, no checkpoint of `from_step`, no run directory.
+        UnusableError: the agents ended without a verdict; the message has their last lines.
+    """
+    directory = RunDirectory((config.run.root / config.run.name).resolve())
+    if nodes < config.nodes.min:
+        raise BelowMinimumError(
+            f"nodes.min asks for {config.nodes.min} nodes, the local cluster is to have {nodes}",
+            "raise --nodes (or local.nodes) or lower nodes.min",
+        )
+    if from_step is not None:
+        checkpoint_read.of_step(directory.checkpoints, Step(from_step))
+    process.become_subreaper()
+    directory.prepare()
+    launcher = _Launcher(config, config_file, directory, nodes, workers, sets, from_step, report)
+    return launcher.run()
+
+
+class _Launcher:
+    def __init__(
+        self,
+        config: Config,
+        config_file: Path,
+        directory: RunDirectory,
+        nodes: int,
+        workers: int,
+        sets: Sequence[str],
+        from_step: int | None,
+        report: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._config_file = config_file
+        self._directory = directory
+        self._count = nodes
+        self._workers = workers
+        self._sets = [argument for each in sets for argument in ("--set", each)]
+        self._from_step = from_step
+        self._say = report
+        self._job = (
+            f"local{os.getpid()}-{secrets.token_hex(4)}"  # pids repeat, and an old start's verdict would be obeyed
+        )
+        self._interrupts = 0
+        self._drilled = config.drill.kill_rank < 0
+
+    def run(self) -> int:
+        before = {number: signal.signal(number, self._interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            number = 0
+            while True:
+                verdict = self._one_start(number)
+                if verdict.outcome is not Outcome.REQUEUED or self._interrupts:
+                    return verdict.exit_code
+                self._say(f"requeued: {verdict.reason}")
+                number += 1
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _one_start(self, number: int) -> Verdict:
+        start = _Start(number, f"{self._job}.{number}")
+        reporter = Reporter(self._say)
+        try:
+            for index in range(self._count):
+                start.nodes.append(self._boot(start, index))
+            while True:
+                snapshot = status.read(self._directory)
+                if snapshot.get("allocation") == start.name:
+                    reporter.see(snapshot)
+                    self._drill(snapshot)
+                verdict = verdicts.read(self._directory, start.name)
+                if verdict is not None or all(node.poll() is not None for node in start.nodes):
+                    break
+                time.sleep(_LOOK_SECONDS)
+            self._await(start)
+            verdict = verdict or verdicts.read(self._directory, start.name)
+            snapshot = status.read(self._directory)
+            if snapshot.get("allocation") == start.name:
+                reporter.see(snapshot)
+        finally:
+            self._end(start)
+        if verdict is not None:
+            return verdict
+        return self._without_verdict(start)
+
+    def _boot(self, start: _Start, index: int) -> subprocess.Popen[bytes]:
+        names = [f"node{number}" for number in range(1, self._count + 1)]
+        logs = self._directory.path / "logs" / names[index]
+        logs.mkdir(parents=True, exist_ok=True)
+        environment = {
+            **os.environ,
+            "HPCFT_LOCAL_NODE": names[index],
+            "HPCFT_LOCAL_NODES": ",".join(names),
+            "HPCFT_LOCAL_ADDRESS": f"127.0.0.{index + 1}",
+            "HPCFT_LOCAL_JOB": self._job,
+            "HPCFT_LOCAL_RESTARTS": str(start.number),
+        }
+        command = [sys.executable, "-P", "-m", "hpcft", "agent", str(self._config_file)]
+        command += [*self._sets, "--set", f"nodes.workers_per_node={self._workers}"]
+        command += ["--set", f"run.root={self._config.run.root}"]
+        if self._from_step is not None:  # applied once for each job
+            command += ["--from", str(self._from_step)]
+        with (logs / "keeper.log").open("ab") as output:
+            return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+
+    def _interrupted(self, number: int, frame: object) -> None:
+        del frame
+        self._interrupts += 1
+        if self._interrupts == 1:
+            self._say(f"{signal.Signals(number).name}: stopping after a last checkpoint; once more kills")
+        for pid in process.children(os.getpid()):
+            process.send(pid, signal.SIGTERM if self._interrupts == 1 else signal.SIGKILL)
+
+    def _drill(self, snapshot: Mapping[str, Any]) -> None:
+        """The announced failure of a demonstration: SIGKILL to one worker of this run."""
+        drill = self._config.drill
+        if self._drilled or snapshot["state"] != "training" or snapshot["step"] < drill.at_step:
+            return
+        victim = next((each for each in snapshot["workers"] if each["rank"] == drill.kill_rank), None)
+        if victim is None or victim["pid"] not in process.descendants(os.getpid()):
+            return
+        self._drilled = True
+        self._say(
+            f"drill: SIGKILL to rank {victim['rank']} (pid {victim['pid']} on {victim['node']}) "
+            f"at step {snapshot['step']}, as drill.kill_rank asks for"
+        )
+        process.send(victim["pid"], signal.SIGKILL)
+
+    def _await(self, start: _Start) -> None:
+        """The agents end by themselves after the verdict."""
+        until = time.monotonic() + _KILL_SECONDS
+        for node in start.nodes:
+            try:
+                node.wait(max(0.1, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                return
+
+    def _end(self, start: _Start) -> None:
+        """Nothing of this start outlives it."""
+        for node in start.nodes:
+            if node.poll() is None:
+                node.terminate()
+        survivors = process.end_descendants(_KILL_SECONDS)
+        if survivors:
+            self._say(f"processes that do not end (uninterruptible sleep): {survivors}")
+        for node in start.nodes:
+            node.poll()
+
+    def _without_verdict(self, start: _Start) -> Verdict:
+        codes = sorted({node.returncode for node in start.nodes})
+        if self._interrupts:
+            return Verdict(Outcome.CANCELLED, int(ExitCode.CANCELLED), "interrupted")
+        if codes == [0]:
+            return Verdict(Outcome.FINISHED, int(ExitCode.OK), "the run has finished already")
+        log = self._directory.path / "logs" / "node1" / "keeper.log"
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+        raise UnusableError(
+            f"the agents ended without a verdict (exit codes {codes}); last lines of {log}:\n{last}",
+            "`hpcft doctor CONFIG` checks what a run needs",
+        )

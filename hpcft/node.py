@@ -1,0 +1,405 @@
+"""What runs on a node, put together: the keeper first, and as its child the agent.
+
+The keeper reads the configuration once and hands it to every agent it starts, so that a file edited while the run
+goes on cannot make two nodes differ. This is the only module that knows all the parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import logging.handlers
+import os
+import queue
+import resource
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import uvloop
+
+from hpcft import durable, journal, keeper
+from hpcft import status as status_view
+from hpcft.agent import Agent, Ended, Station
+from hpcft.checkpoint import read as checkpoint_read
+from hpcft.checkpoint.layout import CheckpointDamagedError, CheckpointEntry, checkpoint_name, parse_name
+from hpcft.checkpoint.manifest import Manifest
+from hpcft.commits import Commits, Retention
+from hpcft.config import Config, check_program
+from hpcft.errors import (
+    BelowMinimumError,
+    DamagedError,
+    ExitCode,
+    HpcftError,
+    NotFoundError,
+    UnusableError,
+    UsageError,
+)
+from hpcft.events import CheckpointRef, CheckpointsFound, Event
+from hpcft.ids import Generation, Incarnation, NodeId, Step
+from hpcft.jobs import LocalJob
+from hpcft.lanes import end_process
+from hpcft.leader import JobControl, Leader, Office
+from hpcft.logs import RotatingFile
+from hpcft.membership import Timing
+from hpcft.policy import Rules
+from hpcft.ranks import Assignment, Ranks
+from hpcft.rundir import RunDirectory
+from hpcft.slurm.environment import Allocation, from_environment, own_address
+from hpcft.store import forget_dns, quiet_torch
+from hpcft.terms import TermRecord
+from hpcft.workers import LogLimits, PoolEvent, Workers
+from hpcft.world import Budget, World
+
+log = logging.getLogger("hpcft.node")
+
+KILL_WAIT_SECONDS = 30.0
+"""Slurm's default KillWait; on a cluster with less, Slurm is the faster one, and nothing is lost but the last save."""
+
+
+_LAST_LINES_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What the keeper passes on to every agent it starts."""
+
+    config: Config
+    from_step: Step | None
+
+    def to_text(self) -> str:
+        return orjson.dumps({"config": orjson.Fragment(self.config.to_json()), "from_step": self.from_step}).decode()
+
+    @classmethod
+    def from_text(cls, text: str) -> Orders:
+        raw = orjson.loads(text)
+        return cls(Config.from_json(orjson.dumps(raw["config"])), raw["from_step"])
+
+
+def keep(config: Config, *, from_step: int | None = None) -> int:
+    """Keep this node until the run's start is over; returns the run's exit code. Takes over this process.
+
+    Raises:
+        HpcftError: this node cannot take part: not in an allocation, no workers, no run directory.
+    """
+    allocation = from_environment(os.environ)
+    if len(allocation.nodes) < config.nodes.min:
+        raise BelowMinimumError(
+            f"the allocation has {len(allocation.nodes)} nodes, nodes.min asks for {config.nodes.min}",
+            "ask for more nodes (sbatch --nodes) or lower nodes.min",
+        )
+    check_program(config)
+    slots = workers_of(config, allocation)
+    directory = run_directory(config)
+    directory.prepare()
+    if from_step is not None and not directory.branch(allocation.job_id).exists():
+        checkpoint_read.of_step(directory.checkpoints, Step(from_step))
+    orders = Orders(config, Step(from_step) if from_step is not None else None)
+    command = [sys.executable, "-P", "-m", "hpcft.node", orders.to_text()]
+    return keeper.main(command, slots=slots)
+
+
+def run_directory(config: Config) -> RunDirectory:
+    return RunDirectory((config.run.root / config.run.name).resolve())
+
+
+def workers_of(config: Config, allocation: Allocation) -> int:
+    """How many workers this node holds: as configured, or one for each GPU."""
+    workers = config.nodes.workers_per_node or len(allocation.gpus)
+    if workers < 1:
+        raise UsageError(
+            "this node has no GPUs that Slurm has given to the job, and nodes.workers_per_node is 0",
+            "set nodes.workers_per_node, or ask Slurm for GPUs (--gpus-per-node)",
+        )
+    if allocation.gpus and workers > len(allocation.gpus):
+        raise UsageError(
+            f"nodes.workers_per_node is {workers}, but Slurm gave this node {len(allocation.gpus)} GPUs",
+            "set nodes.workers_per_node to 0 for one worker per GPU",
+        )
+    return workers
+
+
+def rules_of(config: Config) -> Rules:
+    recovery = config.recovery
+    return Rules(
+        timing=timing_of(config),
+        minimum_nodes=config.nodes.min,
+        multiple_of=config.nodes.multiple_of,
+        join_timeout=config.nodes.join_timeout,
+        rejoin_timeout=max(20.0, 2 * config.heartbeat.timeout),
+        budgets=(
+            (Budget.INFRASTRUCTURE, recovery.infrastructure_failures),
+            (Budget.USER_CODE, recovery.user_failures),
+            (Budget.PREEMPTION, recovery.preemptions),
+        ),
+        window=recovery.window,
+        backoff=recovery.backoff,
+        backoff_max=recovery.backoff_max,
+        no_progress_generations=recovery.no_progress_generations,
+        saves=config.job.command is None,
+        requeue=config.slurm.requeue,
+    )
+
+
+def timing_of(config: Config) -> Timing:
+    beat = config.heartbeat
+    return Timing(beat.interval, beat.suspect, beat.timeout)
+
+
+def log_limits(config: Config, directory: RunDirectory, node: NodeId) -> LogLimits:
+    return LogLimits(directory.logs(node), config.logs.max_size, config.logs.keep)
+
+
+async def live(orders: Orders, allocation: Allocation, address: str, inherited: keeper.Inherited) -> Ended:
+    """One incarnation, from its parts."""
+    config = orders.config
+    directory = run_directory(config)
+    node = NodeId(allocation.node)
+    run = await asyncio.to_thread(directory.prepare)
+    applied = await asyncio.to_thread(directory.branch(allocation.job_id).exists)
+    station = Station(
+        node=node,
+        index=allocation.node_index,
+        start=allocation.start,
+        address=address,
+        workers=workers_of(config, allocation),
+        directory=directory,
+        timing=timing_of(config),
+        # a program that uses hpcft keeps its state by checkpoints on order, and has nothing to do at SIGTERM
+        grace=config.recovery.grace if config.job.command is not None else 0.0,
+        kill_wait=KILL_WAIT_SECONDS,
+        branches=orders.from_step is not None and not applied,
+    )
+    control: JobControl = LocalJob()
+    if allocation.kind == "slurm":
+        from hpcft.slurm.job import SlurmJob
+
+        control = SlurmJob(allocation, config.slurm.command_timeout)
+    assignment = Assignment(run, directory.path, node, address, allocation.gpus, config)
+    limits = log_limits(config, directory, node)
+
+    def workers(see: Callable[[PoolEvent], None]) -> Workers:
+        return Workers(inherited.keeper, limits, see)
+
+    def ranks(
+        incarnation: Incarnation, say: Callable[[Event], None], tell: Callable[[Mapping[str, Any]], None]
+    ) -> Ranks:
+        return Ranks(assignment, incarnation, inherited.page, say, tell)
+
+    async def lead(record: TermRecord) -> Leader:
+        await asyncio.to_thread(durable.replace, directory.config, config.to_json())
+        replayed, found = await asyncio.to_thread(read_history, directory, allocation, orders.from_step)
+        office = Office(
+            run=run,
+            directory=directory,
+            record=record,
+            allocation=allocation.start,
+            nodes=tuple(NodeId(each) for each in allocation.nodes),
+            checkpoints=found,
+            save_every=config.checkpoint.every,
+            end_lead=config.slurm.end_lead,
+        )
+        retained = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
+        return Leader(
+            office,
+            rules_of(config),
+            replayed,
+            control,
+            lambda deliver: Commits(directory.checkpoints, run, retained, deliver),
+            status_view.snapshot,
+        )
+
+    return await Agent(station, inherited.page, workers, ranks, lead).live()
+
+
+def read_history(
+    directory: RunDirectory, allocation: Allocation, from_step: Step | None
+) -> tuple[journal.Replayed, CheckpointsFound]:
+    """What earlier terms left, and the checkpoints that this one may start from. Blocks on the file system.
+
+    A branch (`--from`) is applied once for each job: whether it was is told by the journal, which is also where it
+    has its effect.
+
+    Raises:
+        DamagedError: generations have run and checkpoints are there, but which of them count is not known.
+    """
+    replayed = journal.replay(directory.journal)
+    before = replayed.world
+    on_disk = checkpoint_read.entries(directory.checkpoints)
+    lineage = _lineage(before, on_disk)
+    branch = f"--from {from_step} of job {allocation.job_id}"
+    began_at = directory.branch_began_at(allocation.job_id)
+    # the journal may have lost its end, but not what was committed on the branch since
+    applied = branch in replayed.branches or (
+        began_at is not None and bool(lineage) and lineage[-1].generation > began_at
+    )
+    if from_step is not None and not applied:
+        entry = checkpoint_read.of_step(directory.checkpoints, from_step)
+        chosen = CheckpointRef(entry.step, entry.generation)
+        older = tuple(each for each in lineage if each.step < chosen.step)
+        directory.begin_branch(allocation.job_id, max(before.generation, *(each.generation for each in on_disk)))
+        return replayed, CheckpointsFound((*older, chosen), branch)
+    if on_disk and not lineage:
+        raise DamagedError(
+            f"{directory.checkpoints} has {len(on_disk)} checkpoints, but the journal, in which {before.generation} "
+            "generations have run, knows none of them: it has lost its end, or they are another branch's",
+            "`hpcft ckpt ls` lists them; start with --from STEP to go on from one, or under another run.name anew",
+        )
+    return replayed, CheckpointsFound(tuple(lineage))
+
+
+def _lineage(before: World, on_disk: Sequence[CheckpointEntry]) -> list[CheckpointRef]:
+    """What this term may start from, oldest first.
+
+    The journal's last leader may have committed more than it could write down: it died, or the disk was full. Nobody
+    has gone on from an older checkpoint since, for no later term has a journal. So the newest checkpoint of its term
+    counts, and those that it descends from.
+    """
+    there = {checkpoint_name(each.step, each.generation): each for each in on_disk}
+    known = [each for each in before.checkpoints if checkpoint_name(each.step, each.generation) in there]
+    if not before.checkpoints and before.generation == Generation(0):
+        return [CheckpointRef(each.step, each.generation) for each in on_disk]
+    last = max(((each.generation, each.step) for each in known), default=(Generation(0), Step(0)))
+    unwritten: list[CheckpointRef] = []
+    parent: str | None = None
+    for entry in reversed(on_disk):
+        if (entry.generation, entry.step) <= last:
+            break
+        manifest = _manifest(entry)
+        if manifest is None or manifest.term < before.term:
+            continue  # damaged, or a deposed leader's
+        name = checkpoint_name(entry.step, entry.generation)
+        if not unwritten or name == parent:
+            unwritten.insert(0, CheckpointRef(entry.step, entry.generation))
+            parent = manifest.parent
+    if not unwritten:
+        return known
+    ancestor = parse_name(parent) if parent is not None else None
+    if ancestor is None:
+        return unwritten
+    step, generation = ancestor  # it may be gone: then what was before it still counts
+    return [*(each for each in known if each.step <= step and each.generation <= generation), *unwritten]
+
+
+def _manifest(entry: CheckpointEntry) -> Manifest | None:
+    try:
+        return checkpoint_read.read_manifest(entry.directory)[0]
+    except (CheckpointDamagedError, NotFoundError) as error:
+        log.warning("%s is passed over: %s", entry.directory.name, error.message)
+        return None
+
+
+class _QueuedHandler(logging.handlers.QueueHandler):
+    """A full queue (the file system hangs) drops a line rather than stop the loop."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            return
+
+
+class _RotatedHandler(logging.Handler):
+    """A log of our own is rotated as the workers' are."""
+
+    def __init__(self, file: RotatingFile) -> None:
+        super().__init__()
+        self._file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._file.write(self.format(record).encode(errors="replace") + b"\n")
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.close()  # opened anew for the next line, which may have more luck
+
+
+def _start_logging(directory: RunDirectory, node: NodeId, limits: LogLimits) -> Callable[[], None]:
+    """To stderr, which is Slurm's output file, and to the run directory; each by a thread of its own.
+
+    Returns what writes the last lines, and does not wait for a file system that hangs.
+    """
+    logs = directory.logs(node)
+    logs.mkdir(parents=True, exist_ok=True)
+    form = logging.Formatter(f"%(asctime)s {node} %(levelname).1s %(name)s: %(message)s", "%H:%M:%S")
+    root = logging.getLogger("hpcft")
+    root.setLevel(logging.INFO)
+    listeners = []
+    file = _RotatedHandler(RotatingFile(logs / "agent.log", limits.max_size, limits.keep))
+    for target in (logging.StreamHandler(), file):
+        target.setFormatter(form)
+        lines: queue.Queue[logging.LogRecord] = queue.Queue(10_000)
+        root.addHandler(_QueuedHandler(lines))
+        listener = logging.handlers.QueueListener(lines, target)
+        listener.start()
+        listeners.append(listener)
+
+    def finish() -> None:
+        enders = [threading.Thread(target=listener.stop, daemon=True) for listener in listeners]
+        for ender in enders:
+            ender.start()
+        for ender in enders:
+            ender.join(_LAST_LINES_SECONDS)
+
+    return finish
+
+
+def main() -> int:
+    """The agent's process, started by the keeper; returns its exit code."""
+    finish: Callable[[], None] = lambda: logging.shutdown()
+    try:
+        inherited = keeper.Inherited.take(os.environ)
+        if inherited is None:
+            raise UnusableError("the agent was not started by a keeper", "use `hpcft agent CONFIG`")
+        quiet_torch()
+        allow_connections()
+        orders = Orders.from_text(sys.argv[1])
+        allocation = from_environment(os.environ)
+        address = own_address(allocation)
+        forget_dns()  # from here on only addresses are used
+        directory = run_directory(orders.config)
+        directory.prepare()
+        node = NodeId(allocation.node)
+        finish = _start_logging(directory, node, log_limits(orders.config, directory, node))
+        loop = uvloop.new_event_loop()
+        asyncio.set_event_loop(loop)
+        ended = loop.run_until_complete(live(orders, allocation, address, inherited))
+        log.info("agent ends with code %d: %s", ended.code, ended.reason)
+        return ended.code
+    except HpcftError as error:
+        log.error("%s", error)
+        return int(error.exit_code)
+    except Exception as error:  # the top of this process: what is left is a defect, or an error out of a task
+        known = _known(error)
+        if known is None:
+            log.exception("the agent failed: a defect of hpcft")
+            return int(ExitCode.INTERNAL)
+        log.error("%s", known)
+        return int(known.exit_code)
+    finally:
+        finish()
+
+
+def allow_connections() -> None:
+    """A leader holds three connections for each node: the soft limit of descriptors, often 1024, is raised."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _known(error: BaseException) -> HpcftError | None:
+    """The error meant for a user in a group, if there is nothing else in it."""
+    if isinstance(error, HpcftError):
+        return error
+    if not isinstance(error, BaseExceptionGroup):
+        return None
+    found = [_known(each) for each in error.exceptions]
+    return None if None in found else found[0]
+
+
+if __name__ == "__main__":
+    # Not sys.exit: it would wait for threads, and one may hang in the file system for ever.
+    end_process(main())

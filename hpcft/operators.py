@@ -1,0 +1,87 @@
+"""Operators' commands: to the leader over its stream, or through the run directory.
+
+A login node often cannot reach the compute nodes. Then the command becomes a file in `spool/`, which the leader reads
+every few seconds. Both ways are open to the run's owner alone: the stream asks for the secret (mode 0600), and nobody
+else can write into the spool. Should somebody be able to (an ACL, say), a file that is not the owner's is no command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from hpcft import durable, stream, terms
+from hpcft import secret as run_secret
+from hpcft.errors import UsageError
+from hpcft.rundir import RunDirectory, is_live
+
+log = logging.getLogger("hpcft.operators")
+
+_DIAL_SECONDS = 3.0
+
+
+def stop(run: RunDirectory) -> str:
+    """Ask the run's leader to make a last checkpoint and end; returns what was done.
+
+    Raises:
+        UsageError: nothing runs.
+        UnusableError: the secret or the spool cannot be used.
+    """
+    if not is_live(run):
+        raise UsageError(f"{run.name} does not run at the moment", f"hpcft status {run.name} tells how it ended")
+    command = {"do": "stop", "by": f"{getpass.getuser()}@{socket.gethostname()}"}
+    try:
+        asyncio.run(_send(run, command))
+    except stream.StreamClosed as closed:
+        durable.replace(run.spool / f"{secrets.token_hex(8)}.json", orjson.dumps(command))
+        return (
+            f"the leader cannot be reached from here ({closed.reason}); the command lies in {run.spool}, "
+            "which the leader reads every few seconds"
+        )
+    return f"{run.name} makes a last checkpoint and ends; hpcft status {run.name} --watch shows it"
+
+
+async def _send(run: RunDirectory, command: dict[str, Any]) -> dict[str, Any]:
+    holder = terms.newest(run.terms)
+    if holder is None:
+        raise stream.StreamClosed("the run has no leader yet", stream.Ending.UNREACHABLE)
+    secret = run_secret.load(run.secret)
+    connected = await stream.dial((holder.host, holder.port), secret, {"purpose": "operator"}, _DIAL_SECONDS)
+    try:
+        connected.send(command)
+        async with asyncio.timeout(_DIAL_SECONDS):
+            return await connected.receive()
+    except TimeoutError as error:
+        raise stream.StreamClosed("the leader does not answer", stream.Ending.STALLED) from error
+    finally:
+        connected.close()
+        await connected.wait_closed()
+
+
+def spooled(spool: Path) -> Iterator[dict[str, Any]]:
+    """The commands that lie in the spool, each taken out once. Blocks on the file system; the leader's thread."""
+    for path in sorted(spool.glob("*.json")):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with os.fdopen(descriptor, "rb") as file:
+                owner = os.fstat(descriptor).st_uid
+                raw = file.read() if owner == os.geteuid() else b"null"
+            path.unlink()
+            if owner != os.geteuid():
+                log.warning("the command %s was removed unread: it belongs to user %d", path, owner)
+                continue
+            command = orjson.loads(raw)
+        except (OSError, ValueError) as error:
+            log.warning("the command %s cannot be read: %s", path, error)
+            continue
+        if isinstance(command, dict):
+            yield command

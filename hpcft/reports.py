@@ -1,0 +1,206 @@
+"""What commands say about checkpoints and sample ledgers: the same facts as text and as JSON.
+
+Each report has `as_dict`, which is printed under `--json` and only ever grows, and `text` for a person.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpcft.checkpoint import marks, read
+from hpcft.checkpoint.layout import QUARANTINE, CheckpointDamagedError, CheckpointEntry, Damage
+from hpcft.errors import NotFoundError
+from hpcft.rundir import RunDirectory
+from hpcft.units import human_duration, human_size
+
+if TYPE_CHECKING:
+    from hpcft.data.account import EpochReport, LedgerReport
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ListedCheckpoint:
+    """`created` is in seconds since the epoch; what only the manifest knows is None where that is damaged."""
+
+    name: str
+    step: int
+    generation: int
+    created: float | None
+    bytes: int | None
+    world_size: int | None
+    parent: str | None
+    marks: tuple[str, ...]
+    damage: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    run: str
+    checkpoints: tuple[ListedCheckpoint, ...]
+    """In the order of their commits, the newest first."""
+    latest: str | None
+    """What LATEST names: a hint, nothing depends on it."""
+    quarantined: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        if not self.checkpoints:
+            yield f"the run {self.run} has no checkpoint yet"
+        else:
+            yield f"{'STEP':>10}  {'GENERATION':>10}  {'SIZE':>10}  {'AGE':>9}  {'RANKS':>5}  NOTES"
+        for each in self.checkpoints:
+            size = human_size(each.bytes) if each.bytes is not None else "?"
+            age = human_duration(max(0.0, time.time() - each.created)) if each.created is not None else "?"
+            ranks = each.world_size if each.world_size is not None else "?"
+            notes = [*(["latest"] if each.name == self.latest else []), *each.marks]
+            notes += [f"DAMAGED: {each.damage}"] if each.damage else []
+            row = f"{each.step:>10}  {each.generation:>10}  {size:>10}  {age:>9}  {ranks:>5}  {', '.join(notes)}"
+            yield row.rstrip()
+        if self.quarantined:
+            yield f"quarantined: {', '.join(self.quarantined)}"
+
+
+def list_checkpoints(run: RunDirectory) -> Listing:
+    root = run.checkpoints
+    marked = {kind: marks.marked(root, kind) for kind in marks.Mark}
+    listed = []
+    for entry in reversed(read.entries(root)):
+        mine = tuple(kind.value for kind in marks.Mark if entry.name in marked[kind])
+        try:
+            manifest, _ = read.read_manifest(entry.directory)
+        except NotFoundError:
+            continue  # retired while we looked
+        except CheckpointDamagedError as error:
+            damage = "; ".join(map(str, error.damages))
+            listed.append(
+                ListedCheckpoint(entry.name, entry.step, entry.generation, None, None, None, None, mine, damage)
+            )
+            continue
+        listed.append(
+            ListedCheckpoint(
+                entry.name,
+                entry.step,
+                entry.generation,
+                manifest.created,
+                manifest.size,
+                manifest.world_size,
+                manifest.parent,
+                mine,
+                None,
+            )
+        )
+    return Listing(run.name, tuple(listed), _latest(root), _names(root / QUARANTINE))
+
+
+def _latest(root: Path) -> str | None:
+    try:
+        latest = read.read_latest(root)
+    except CheckpointDamagedError:
+        return None
+    return latest.name if latest is not None else None
+
+
+def _names(directory: Path) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(path.name for path in directory.iterdir() if path.is_dir()))
+    except FileNotFoundError:
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Of each checkpoint, all that is wrong with it."""
+
+    run: str
+    checkpoints: tuple[tuple[CheckpointEntry, tuple[Damage, ...]], ...]
+
+    @property
+    def sound(self) -> bool:
+        return not any(damages for _, damages in self.checkpoints)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "sound": self.sound,
+            "checkpoints": [
+                {
+                    "name": entry.name,
+                    "step": entry.step,
+                    "generation": entry.generation,
+                    "sound": not damages,
+                    "damages": [asdict(damage) for damage in damages],
+                }
+                for entry, damages in self.checkpoints
+            ],
+        }
+
+    def text(self) -> str:
+        lines = []
+        for entry, damages in self.checkpoints:
+            lines.append(f"{entry.name}: {'DAMAGED' if damages else 'sound'}")
+            lines += [f"  {damage}" for damage in damages]
+        return "\n".join(lines)
+
+
+def verify_checkpoints(run: RunDirectory, step: int | None) -> Verification:
+    """Reads every byte of all checkpoints, or of those of one step, the newest first.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    entries = list(reversed(read.entries(run.checkpoints)))
+    chosen = [entry for entry in entries if step is None or entry.step == step]
+    if not chosen:
+        steps = ", ".join(str(each) for each in sorted({entry.step for entry in entries})) or "none"
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise NotFoundError(f"the run {run.name} has {wanted}", f"there are: {steps}")
+    identity = run.run_id()
+    checked = []
+    for entry in chosen:
+        try:
+            checked.append((entry, tuple(read.verify(entry.directory, identity))))
+        except NotFoundError:
+            continue  # retired while we looked
+    return Verification(run.name, tuple(checked))
+
+
+# --- the ledger ------------------------------------------------------------------------------------------------
+
+
+def ledger_as_dict(report: LedgerReport) -> dict[str, Any]:
+    facts: Mapping[str, Any] = asdict(report)
+    return {"exact": report.exact, **facts}
+
+
+def ledger_text(report: LedgerReport) -> str:
+    lines = [f"{report.samples} samples, seed {report.seed}, recorded up to step {report.last_step}", ""]
+    lines.append(f"{'EPOCH':>6}  {'ONCE':>10}  {'MORE THAN ONCE':>14}  {'NEVER':>10}  {'STILL TO COME':>13}")
+    lines += [
+        f"{each.epoch:>6}  {each.once:>10}  {each.more_than_once:>14}  {each.never:>10}  {each.pending:>13}"
+        for each in report.epochs
+    ]
+    lines += [line for each in report.epochs for line in _examples(each)]
+    if report.superseded:
+        lines.append(f"{report.superseded} steps were undone by a rollback and do not count")
+    if report.open_step is not None:
+        lines.append(f"step {report.open_step} is being recorded")
+    lines += [f"PROBLEM: {problem}" for problem in report.problems]
+    lines.append("each sample that was reached has been used exactly once" if report.exact else "NOT EXACT")
+    return "\n".join(lines)
+
+
+def _examples(epoch: EpochReport) -> Iterator[str]:
+    for what, ids in (("used more than once", epoch.repeated_ids), ("never used", epoch.missing_ids)):
+        if ids:
+            yield f"epoch {epoch.epoch}: {what}: {', '.join(map(str, ids))} …"

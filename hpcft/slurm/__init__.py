@@ -1,0 +1,1 @@
+"""What hpcft knows of Slurm: node lists, the allocation it runs in, and the commands it may give."""

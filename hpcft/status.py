@@ -1,0 +1,292 @@
+"""What is going on, in one screen: the view of a world for `hpcft status`.
+
+`snapshot` is what the leader writes to `status.json` about once a second and answers an operator with; its shape is
+docs/status.schema.json. `render` turns it into text. Nothing here imports torch, pydantic or rich.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from hpcft.cadence import step_seconds
+from hpcft.errors import UnusableError
+from hpcft.events import Member, WorkerReport
+from hpcft.ids import Rank
+from hpcft.policy import Rules, silence
+from hpcft.rundir import STATUS_FRESH_SECONDS, RunDirectory
+from hpcft.units import human_duration
+from hpcft.world import Incident, Node, Phase, World
+
+SCHEMA = 1
+
+
+def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
+    """The world as JSON; times in seconds, `now` on the run clock."""
+    formation = world.formation
+    members = formation.members if formation is not None else ()
+    seconds = step_seconds(world, now)
+    reported = {report.rank: report for node in world.reports for report in node.workers}
+    total = world.total_steps
+    return {
+        "schema": SCHEMA,
+        "run": world.run,
+        "state": state(world),
+        "reason": world.last_reason,
+        "allocation": world.allocation,
+        "start": world.starts,
+        "term": world.term,
+        "leader": world.leader,
+        "generation": world.generation,
+        "step": world.step,
+        "total_steps": total,
+        "loss": world.loss,
+        "steps_per_second": None if seconds is None else 1 / seconds,
+        "tokens_per_second": _tokens_per_second(reported.values(), seconds),
+        "world_size": formation.world_size if formation is not None else 0,
+        "nodes": [_node(node, _member(members, node), world, rules, now) for node in world.nodes],
+        "workers": [
+            {
+                "rank": rank,
+                "node": member.node,
+                "pid": report.pid if (report := reported.get(Rank(rank))) is not None else None,
+                "phase": report.phase if report is not None else None,
+                # reports come once a second; what all ranks are known to have completed may be newer
+                "step": max(report.step, world.step) if report is not None else None,
+                "step_age_seconds": report.step_age if report is not None else None,
+                "steps_per_second": report.steps_per_second if report is not None else None,
+                "loss": report.loss if report is not None else None,
+            }
+            for member in members
+            for rank in member.ranks()
+        ],
+        "incidents": [_incident(incident) for incident in world.incidents],
+        "checkpoints": [{"step": each.step, "generation": each.generation} for each in world.checkpoints],
+        # of a plain command's steps nothing is known, and so nothing of what it lost
+        "goodput": world.goodput(now) if rules.saves else None,
+        "elapsed_seconds": now,
+        "eta_seconds": None if total is None or seconds is None else max(0.0, (total - world.step) * seconds),
+        "budget": [
+            {
+                "cause": budget.value,
+                "used": sum(each.budget is budget and each.at > now - rules.window for each in world.spent),
+                "limit": limit,
+                "window_seconds": rules.window,
+            }
+            for budget, limit in rules.budgets
+        ],
+        "warnings": [],
+        "verdict": None
+        if world.verdict is None
+        else {
+            "outcome": world.verdict.outcome.value,
+            "exit_code": world.verdict.exit_code,
+            "reason": world.verdict.reason,
+        },
+    }
+
+
+def state(world: World) -> str:
+    """One word: gathering, forming, starting, training, recovering, leaving, or how it ended."""
+    if world.verdict is not None:
+        return world.verdict.outcome.value
+    if world.phase is Phase.RUNNING:
+        if world.failures or world.lost_members:
+            return "recovering"
+        return "training" if world.training_since is not None else "starting"
+    if world.phase is Phase.FORMING and world.open_incident is not None:
+        return "recovering"
+    return world.phase.value
+
+
+def _tokens_per_second(reports: Iterable[WorkerReport], seconds: float | None) -> float | None:
+    counted = [report.tokens for report in reports if report.tokens is not None]
+    return sum(counted) / seconds if counted and seconds else None
+
+
+def _member(members: tuple[Member, ...], node: Node) -> Member | None:
+    return next((each for each in members if (each.node, each.incarnation) == (node.id, node.incarnation)), None)
+
+
+def _node(node: Node, member: Member | None, world: World, rules: Rules, now: float) -> dict[str, Any]:
+    quiet = silence(node, now)
+    if world.verdict is not None:
+        health = "ended"
+    elif not node.connected or node.workers_gone:
+        health = "disconnected"
+    elif quiet >= rules.timing.suspect:
+        health = "suspect"
+    else:
+        health = "member" if member is not None else "spare"
+    return {
+        "node": node.id,
+        "incarnation": node.incarnation,
+        "address": node.address,
+        "state": health,
+        "ranks": list(member.ranks()) if member is not None else [],
+        "heartbeat_age_seconds": quiet,
+    }
+
+
+def _incident(incident: Incident) -> dict[str, Any]:
+    return {
+        "number": incident.number,
+        "cause": incident.cause,
+        "culprit": incident.culprit,
+        "decision": _decision(incident.decision),
+        "reason": incident.decision,
+        "detected_at": incident.detected_at,
+        "downtime_seconds": incident.downtime,
+        "steps_lost": incident.steps_lost,
+        "generation": incident.generation,
+        "step": incident.step,
+        "budget": incident.budget.value if incident.budget is not None else None,
+        "last_output": list(incident.tail),
+    }
+
+
+def _decision(sentence: str) -> str:
+    """What was decided, without why; the why may be an exception's message, with any punctuation in it."""
+    for marker in (": generation ", ": the job is requeued"):
+        if marker in sentence:
+            return sentence[sentence.rindex(marker) + 2 :]
+    return sentence
+
+
+# --- reading ---
+
+
+def read(run: RunDirectory) -> dict[str, Any]:
+    """The leader's last snapshot, with `live` and `age_seconds` added.
+
+    Raises:
+        UnusableError: the status file cannot be read; the message says why.
+    """
+    about = {"name": run.name, "directory": str(run.path.absolute())}
+    try:
+        found: dict[str, Any] = orjson.loads(run.status.read_bytes())
+        age = max(0.0, time.time() - run.status.stat().st_mtime)
+    except FileNotFoundError:
+        nothing = {"schema": SCHEMA, "run": run.run_id(), "state": "not started", "live": False, "age_seconds": None}
+        return {**about, **nothing}
+    except (OSError, ValueError) as error:
+        raise UnusableError(f"{run.status} cannot be read: {error}", "try again in a second") from error
+    ended = found.get("verdict") is not None
+    live = not ended and age < STATUS_FRESH_SECONDS
+    return {**about, **found, "live": live, "age_seconds": age}
+
+
+def render(status: Mapping[str, Any], width: int = 100) -> str:
+    """One screen of text. Sentences and ranks are wrapped; whatever else does not fit is cut."""
+    return "\n".join(line[:width].rstrip() for line in _lines(status, width))
+
+
+def _wrapped(text: str, width: int, indent: int, hang: int = 0) -> list[str]:
+    first, rest = " " * indent, " " * (indent + hang)
+    return textwrap.wrap(text, max(width, 40), initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def _lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
+    name = status.get("name", status["run"])
+    yield f"{name}: {status['state']}" + ("" if status.get("live", True) else _silence_of(status))
+    if status["state"] == "not started":
+        return
+    if status["reason"]:
+        yield from _wrapped(status["reason"], width, 2)
+    for warning in status["warnings"]:
+        yield from _wrapped(f"warning: {warning}", width, 2)
+    yield ""
+    yield f"  step        {_progress(status)}"
+    if status["loss"] is not None:
+        yield f"  loss        {status['loss']:.4f}"
+    nodes = len({worker["node"] for worker in status["workers"]})
+    yield (
+        f"  world       {_counted(status['world_size'], 'rank')} on {_counted(nodes, 'node')}, "
+        f"generation {status['generation']}, start {status['start']}, leader {status['leader']}"
+    )
+    elapsed = human_duration(status["elapsed_seconds"])
+    yield "  goodput     " + (
+        f"unknown, {elapsed} in all" if status["goodput"] is None else f"{status['goodput']:.1%} of {elapsed}"
+    )
+    steps = [str(each["step"]) for each in status["checkpoints"]]
+    yield f"  checkpoints {', '.join(steps[-6:]) or 'none yet'}"
+    budgets = [f"{each['cause']} {each['used']}/{each['limit']}" for each in status["budget"]]
+    yield f"  budget      {', '.join(budgets)} used"
+    yield from _node_lines(status, width)
+    yield from _incident_lines(status, width)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _silence_of(status: Mapping[str, Any]) -> str:
+    if status.get("verdict") is not None or status.get("age_seconds") is None:
+        return ""
+    return f" (but its leader has been silent for {human_duration(status['age_seconds'])})"
+
+
+def _progress(status: Mapping[str, Any]) -> str:
+    parts = [str(status["step"])]
+    if status["total_steps"] is not None:
+        parts[0] += f" of {status['total_steps']}"
+    if status["steps_per_second"] is not None:
+        parts.append(f"{status['steps_per_second']:.1f} steps/s")
+    if status["tokens_per_second"] is not None:
+        parts.append(f"{status['tokens_per_second']:.0f} tokens/s")
+    if status["eta_seconds"] is not None and status["verdict"] is None:
+        parts.append(f"done in {human_duration(status['eta_seconds'])}")
+    return ", ".join(parts)
+
+
+def _node_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
+    if not status["nodes"]:
+        return
+    yield ""
+    name = max(14, 2 + max(len(node["node"]) for node in status["nodes"]))
+    yield f"  {'NODE':<{name}}{'STATE':<14}{'HEARTBEAT':>10}  RANKS (step, steps/s)"
+    workers = {worker["rank"]: worker for worker in status["workers"]}
+    for node in status["nodes"]:
+        age = f"{node['heartbeat_age_seconds']:.1f} s"
+        before = f"  {node['node']:<{name}}{node['state']:<14}{age:>10}  "
+        for row in _rows([_rank(workers[rank]) for rank in node["ranks"] if rank in workers], width - len(before)):
+            yield before + row
+            before = " " * len(before)
+
+
+def _rows(cells: Sequence[str], width: int) -> Iterator[str]:
+    row = ""
+    for cell in cells:
+        if row and len(row) + 2 + len(cell) > width:
+            yield row
+            row = ""
+        row += f"  {cell}" if row else cell
+    yield row or "-"
+
+
+def _rank(worker: Mapping[str, Any]) -> str:
+    if worker["step"] is None:
+        return f"{worker['rank']} (starting)"
+    rate = "" if worker["steps_per_second"] is None else f", {worker['steps_per_second']:.1f}"
+    return f"{worker['rank']} ({worker['step']}{rate})"
+
+
+def _incident_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
+    if not status["incidents"]:
+        return
+    yield ""
+    yield "  INCIDENTS"
+    for incident in status["incidents"][-5:]:
+        down = incident["downtime_seconds"]
+        lost = incident["steps_lost"]
+        after = "not over yet" if down is None else f"{down:.2f} s down"
+        if lost is not None:
+            after += f", {_counted(lost, 'step')} lost"
+        what = f"#{incident['number']} {incident['cause']}: {incident['culprit']} ({after})"
+        yield from _wrapped(what, width, 2, hang=3)
+        if incident["reason"]:
+            yield from _wrapped(incident["reason"], width, 5)

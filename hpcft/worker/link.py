@@ -1,0 +1,88 @@
+"""The worker's link to its agent: its slot of the shared page, and the control channel.
+
+The page carries what changes with every step, without a system call; the channel carries what is said once. The
+agent answers only through the page (the lease, the standing order). A process that trains alone has a page of its
+own and nobody to talk to, so that the step is the same code.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from typing import Any, NoReturn
+
+import orjson
+
+from hpcft.checkpoint.manifest import ShardReport
+from hpcft.ids import Step
+from hpcft.page import NodePage, now_ns
+from hpcft.worker.report import report_exception
+from hpcft.worker.spec import STATUS_FENCED, WorkerSpec
+
+_SEND_SECONDS = 10.0
+_TEXT_LIMIT = 8_000
+"""Characters of a reason; a packet holds 64 KiB."""
+
+
+class Link:
+    """What this worker tells its agent, and hears from it."""
+
+    __slots__ = ("_control", "page", "slot")
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.page = NodePage.create(1) if spec.page_fd is None else NodePage.attach(spec.page_fd)
+        self.slot = self.page.slot(spec.slot)
+        self._control = spec.control_fd
+
+    def check_lease(self) -> None:
+        """Ends this process at once if the node's lease has run out: its ranks may already train elsewhere."""
+        until = self.page.lease_until_ns
+        if until and now_ns() > until:
+            self._fence()
+
+    def _fence(self) -> NoReturn:
+        late = -self.page.lease_left()
+        step = self.slot.step + 1
+        text = f"hpcft: stopped before step {step}: the lease of this node ran out {late:.3f} s ago\n"
+        os.write(2, text.encode())  # no buffer, no lock: another thread may hold those of sys.stderr
+        os._exit(STATUS_FENCED)
+
+    def say_ready(self) -> None:
+        """Group formed, state in place: the first step may start."""
+        self._say({"kind": "ready"})
+
+    def say_shard(self, step: Step, report: ShardReport) -> None:
+        """This rank's files of the checkpoint are durable."""
+        self._say({"kind": "shard", "step": step, "report": report.to_json()})
+
+    def say_save_failed(self, step: Step, reason: str) -> None:
+        self._say({"kind": "save_failed", "step": step, "reason": reason[:_TEXT_LIMIT]})
+
+    def say_damaged(self, directory: str, detail: str) -> None:
+        self._say({"kind": "damaged", "directory": directory, "detail": detail[:_TEXT_LIMIT]})
+
+    def say_unreadable(self, detail: str) -> None:
+        self._say({"kind": "unreadable", "detail": detail[:_TEXT_LIMIT]})
+
+    def say_returned(self, step: Step) -> None:
+        self._say({"kind": "returned", "step": step})
+
+    def say_exception(self, error: BaseException, step: Step) -> None:
+        if self._control is not None:
+            report_exception(self._control, error, step)
+
+    def _say(self, message: dict[str, Any]) -> None:
+        """Never raises: an agent that does not listen is gone, or about to end this process."""
+        if self._control is None:
+            return
+        poller = select.poll()
+        try:
+            poller.register(self._control, select.POLLOUT)
+            if poller.poll(_SEND_SECONDS * 1000):
+                os.write(self._control, orjson.dumps(message))
+                return
+            reason = f"it has not listened for {_SEND_SECONDS:.0f} s"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        print(f"hpcft: the agent was not told {message['kind']!r}: {reason}", file=sys.stderr)

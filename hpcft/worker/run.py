@@ -1,0 +1,495 @@
+"""What user code sees of a run: `hpcft.main(train)` and the `Run` that `train` is given.
+
+    def train(run: hpcft.Run) -> None:
+        model, optimizer, data = run.once(build)
+        run.restore(model=model, optimizer=optimizer, data=data)
+        replica = run.ddp(model)
+        for batch in data:
+            loss = ...
+            run.backward(loss)
+            run.update(optimizer, loss=loss)
+
+Theory of operation
+-------------------
+`update` is where a step ends, and everything that concerns steps happens there, in this order: the node's lease is
+checked (past it, this process ends without another step); parameters change; the data position moves; the step is
+published in the shared page; a checkpoint is made if it is due; the random state of the next step is set. All ranks
+pass through it with the same step numbers, so decisions made from the step alone need no communication.
+
+A checkpoint is due every so many steps, or at the step that the agent names in its standing order. An order that
+names a step which is over is ignored: the agent sees what each worker has noticed, and asks again further ahead.
+
+`main` is the one way out. After an error the process group is broken, and whatever waits for it might wait for ever:
+the exception is printed, reported, and the process ends without running anything else.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpcft.checkpoint.layout import CheckpointDamagedError, parse_name
+from hpcft.checkpoint.read import UnreadableError
+from hpcft.data.batches import MicroBatch
+from hpcft.data.ledger import LedgerWriter, ledger_path
+from hpcft.data.loader import Data
+from hpcft.errors import NotFoundError, UsageError
+from hpcft.ids import Generation, Rank, Step
+from hpcft.page import Order, Phase
+from hpcft.worker import group
+from hpcft.worker.link import Link
+from hpcft.worker.randomness import Randomness
+from hpcft.worker.replicas import Replica
+from hpcft.worker.restoring import put_back
+from hpcft.worker.saving import Saving, named
+from hpcft.worker.spec import (
+    SPEC_VARIABLE,
+    STATUS_DAMAGED,
+    STATUS_FAILED,
+    STATUS_STOPPED,
+    STATUS_UNREADABLE,
+    WorkerSpec,
+    take_spec,
+)
+
+_T = TypeVar("_T")
+
+_NEVER = 2**62
+"""A step that no run reaches."""
+
+_LOSS_SECONDS = 1.0
+"""Between two readings of a loss on a GPU: each waits for the device."""
+
+_PHASES = {"eval": Phase.EVAL, "compile": Phase.COMPILE, "checkpoint": Phase.CHECKPOINT}
+
+
+class Stopped(BaseException):
+    """The checkpoint that was asked for is made, and the run is to stop. Not an Exception: nobody should catch it."""
+
+
+class Unusable(BaseException):
+    """The checkpoint to start from is damaged or gone; its cause says what is wrong. Nobody should catch it either."""
+
+
+class Unreadable(BaseException):
+    """This node could not read the checkpoint to start from; its cause says why. Nobody should catch it either."""
+
+
+class Run:
+    """A worker's view of the run it takes part in."""
+
+    def __init__(self, spec: WorkerSpec, link: Link, device: torch.device, built: dict[Hashable, Any]) -> None:
+        self._spec = spec
+        self._link = link
+        self._device = device
+        self._built = built
+        self._slot = link.slot
+        self._page = link.page
+        self._saving = Saving(spec, link)
+        self._randomness = Randomness(spec.seed, spec.rank, device)
+        self._data: Data | None = None
+        self._step = 0
+        self._training = False
+        self._stopped = False
+        self._restored = False
+        self._phase = Phase.START
+        self._order_word = 0
+        self._order: Order | None = None
+        self._due = _NEVER
+        self._loss = _Loss()
+        self._samples = 0
+        self._tokens = 0
+        self._randomness.seed_build(0)
+
+    # --- where this is
+
+    @property
+    def step(self) -> int:
+        """Completed steps of the run, all generations together."""
+        return self._step
+
+    @property
+    def rank(self) -> Rank:
+        return self._spec.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._spec.world_size
+
+    @property
+    def local_rank(self) -> int:
+        return self._spec.local_rank
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's GPU, already the current one; the CPU where it has none."""
+        return self._device
+
+    @property
+    def generation(self) -> Generation:
+        """0 without an agent."""
+        return self._spec.generation
+
+    @property
+    def seed(self) -> int:
+        return self._spec.seed
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The `[train]` table of the configuration; empty without an agent."""
+        return self._spec.train
+
+    # --- building and restoring
+
+    def once(self, build: Callable[[], _T]) -> _T:
+        """What `build` returns, built once per process, however often the training function is entered.
+
+        Recognised by its code: a lambda or an inner function is the same one again. Random numbers in it are the
+        same on all ranks and in every life.
+        """
+        key: Hashable = getattr(build, "__code__", build)
+        if key not in self._built:
+            # Each from its own stream: two models of one shape are to differ.
+            self._randomness.seed_build(1 + len(self._built))
+            self._built[key] = build()
+        found: _T = self._built[key]
+        return found
+
+    def ddp(self, module: nn.Module, **arguments: Any) -> Replica:
+        """The module as one of `world_size` replicas; the arguments are those of DistributedDataParallel.
+
+        Gradients are averaged in the same order in every generation (see `replicas`). Parameters and buffers are
+        rank 0's. To be called on all ranks.
+        """
+        if self._device.type == "cuda":
+            arguments.setdefault("device_ids", [self._device.index])
+        return Replica(module, self._current_pass, **arguments)
+
+    def restore(self, **objects: Any) -> int:
+        """Put the state of the run into these objects, if it has one; from now on it consists of them.
+
+        Models, optimizers, schedulers, data: anything with `state_dict` and `load_state_dict`, the same under the
+        same names for the whole run. To be called once, on all ranks, before the first step. Returns the number of
+        completed steps, 0 at the very beginning.
+
+        UsageError: an object without a state. RestoreError: the checkpoint holds other objects. StateError: a state
+        that cannot be saved.
+        """
+        if self._restored or self._step:
+            raise UsageError("run.restore was called twice, or after a step", "give it all objects in one call")
+        self._restored = True
+        self._enter(Phase.RESTORE)
+        found = named(objects)
+        data = [each for each in found.values() if isinstance(each, Data)]
+        if len(data) > 1:
+            raise UsageError("run.restore was given more than one hpcft.data.Data", "a run trains on one of them")
+        if self._spec.restore is not None:
+            try:
+                self._step = put_back(self._spec.restore.directory, found)
+            except (CheckpointDamagedError, NotFoundError) as error:
+                raise Unusable(error.message) from error
+            except UnreadableError as error:
+                raise Unreadable(error.message) from error
+            self._saving.last = Step(self._step)
+            self._slot.set_step(self._step)
+        ledger = self._bind(data[0]) if data else None
+        self._saving.remember(found, self._data, ledger)
+        self._begin_training()
+        return self._step
+
+    def _bind(self, data: Data) -> LedgerWriter | None:
+        spec = self._spec
+        ledger = None
+        if spec.ledger and spec.run_directory is not None:
+            origin = None if spec.restore is None else parse_name(spec.restore.directory.name)
+            ledger = LedgerWriter(
+                ledger_path(spec.run_directory / "ledger", spec.generation, spec.rank),
+                generation=spec.generation,
+                rank=spec.rank,
+                world_size=spec.world_size,
+                restored_step=self._step,
+                restored_generation=None if origin is None else origin[1],
+            )
+        data.bind(spec.seed, spec.rank, spec.world_size, ledger, workers=spec.loader_workers, prefetch=spec.prefetch)
+        self._data = data
+        return ledger
+
+    def _begin_training(self) -> None:
+        if self._stopped:
+            raise Stopped  # somebody has caught the first one
+        self._training = True
+        self._randomness.seed(self._step)
+        self._plan_save()
+        self._enter(Phase.TRAIN)
+        self._link.say_ready()
+
+    # --- the step
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`, weighted so that ranks and passes add up to the mean over the global batch.
+
+        `loss` is a mean over the samples of the batch that the data yielded last. All ranks have the same number of
+        samples in most steps, and then nothing is weighted.
+        """
+        data = self._data
+        if data is not None and (current := data.current) is not None:
+            weight = current.weight
+            if weight != 1.0:
+                loss = loss * weight
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def update(
+        self,
+        optimizer: Optimizer,
+        *,
+        loss: Tensor | float | None = None,
+        tokens: int = 0,
+        scheduler: Any = None,
+        scaler: Any = None,
+        clip_norm: float | None = None,
+    ) -> bool:
+        """End of a step, in place of `optimizer.step()` and `optimizer.zero_grad()`. False: there are passes to come.
+
+        `loss` and `tokens` (of this rank, in this pass) are shown to people. `scheduler` and `scaler` are stepped
+        with the optimizer; `clip_norm` limits the norm of all its gradients. After the last step that was asked
+        for, this does not return.
+        """
+        if not self._training:
+            self._begin_training()
+        data = self._data
+        if data is not None and (portion := data.current) is not None:
+            micro = portion.micro
+            if micro.weight:
+                self._samples += micro.stop - micro.start
+                self._tokens += tokens
+                if loss is not None:
+                    self._loss.add(loss, micro.weight)
+            if micro.index != micro.count - 1:
+                return False
+        else:
+            self._tokens = tokens
+            if loss is not None:
+                self._loss.add(loss, 1.0)
+
+        self._link.check_lease()
+        slot = self._slot
+        slot.begin_update()
+        if scaler is None:
+            if clip_norm is not None:
+                _clip(optimizer, clip_norm)
+            optimizer.step()
+        else:
+            if clip_norm is not None:
+                scaler.unscale_(optimizer)
+                _clip(optimizer, clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if scheduler is not None:
+            scheduler.step()
+        self._step = step = self._step + 1
+        if data is not None:
+            data.complete_step(step)
+        slot.end_update(step, self._loss.take(), self._samples, self._tokens)
+        self._samples = self._tokens = 0
+
+        if self._page.order_word != self._order_word:
+            self._see_order()
+        if step >= self._due:
+            self._save_due()
+        self._randomness.seed(step)
+        return True
+
+    def done(self, steps: int) -> bool:
+        """Whether the run has completed so many steps."""
+        return self._step >= steps
+
+    # --- phases
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Names time that is not training: "eval", "compile", or a word of your own.
+
+        Whatever random numbers are drawn in it, the next step gets its own.
+        """
+        before = self._phase
+        self._enter(_PHASES.get(name, Phase.OTHER))
+        try:
+            yield
+        finally:
+            self._enter(before)
+            self._randomness.seed(self._step)
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        self._slot.set_phase(phase)
+
+    # --- checkpoints
+
+    def _see_order(self) -> None:
+        self._order_word = word = self._page.order_word
+        order = Order.from_word(word)
+        self._order = order if order is not None and order.save_at_step >= self._step else None
+        self._plan_save()
+        self._slot.set_order_seen(word)
+
+    def _plan_save(self) -> None:
+        """Find the next step, this one included, at which something is due."""
+        step, every = self._step, self._spec.save_every
+        cadence = _NEVER if not every else -(-step // every) * every
+        if cadence == self._saving.last or not cadence:
+            cadence += every or 0
+        self._due = min(cadence, _NEVER if self._order is None else self._order.save_at_step)
+
+    def _save_due(self) -> None:
+        step = self._step
+        self._saving.save(Step(step))
+        self._enter(self._phase)
+        if self._order is not None and self._order.save_at_step == step:
+            if self._order.stop_after_save:
+                self._stopped, self._training = True, False
+                raise Stopped
+            self._order = None
+        self._plan_save()
+
+    # --- the end
+
+    def _finish(self) -> None:
+        """The training function has returned."""
+        if not self._training:
+            self._begin_training()
+        self._saving.save(Step(self._step))
+        self._enter(Phase.DONE)
+        self._link.say_returned(Step(self._step))
+
+    def _current_pass(self) -> MicroBatch | None:
+        current = None if self._data is None else self._data.current
+        return None if current is None else current.micro
+
+
+class _Loss:
+    """The mean loss of a step's passes, by their weights, as far as it can be had without waiting for a device."""
+
+    __slots__ = ("_read_at", "_sum", "_taken", "_weight")
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._weight = 0.0
+        self._taken = math.nan
+        self._read_at = -math.inf
+
+    def add(self, loss: Tensor | float, weight: float) -> None:
+        if isinstance(loss, Tensor):
+            if not loss.is_cpu:
+                # Reading waits for the device, so it is done now and then, and shown until the next time.
+                now = time.monotonic()
+                if now - self._read_at < _LOSS_SECONDS:
+                    return
+                self._read_at = now
+            loss = loss.item()
+        self._sum += weight * loss
+        self._weight += weight
+
+    def take(self) -> float:
+        """The mean since the last call, or what it was then if nothing was added; NaN before anything was."""
+        if self._weight:
+            self._taken = self._sum / self._weight
+            self._sum = self._weight = 0.0
+        return self._taken
+
+
+def _clip(optimizer: Optimizer, norm: float) -> None:
+    parameters = [parameter for each in optimizer.param_groups for parameter in each["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+
+_entered = False
+
+
+def main(train: Callable[[Run], object]) -> None:
+    """Train: join the run that this process was started for, call `train(run)`, save, and report.
+
+    Without an agent (plain `python train.py`) it trains alone, as rank 0 of 1, without checkpoints.
+    """
+    global _entered
+    spec = take_spec(os.environ)
+    # Programs started by this one are not this worker.
+    os.environ.pop(SPEC_VARIABLE, None)
+    if spec.alone and _entered:
+        raise UsageError("hpcft.main was called twice", "a run has one training function, called once per process")
+    if not spec.alone:
+        _entered = True
+        _train_for_agent(train, spec)
+        return
+    run = Run(spec, Link(spec), group.choose_device(spec), {})
+    group.form(spec, run.device)
+    try:
+        _call(train, run)
+    finally:
+        group.leave()
+
+
+def _train_for_agent(train: Callable[[Run], object], spec: WorkerSpec) -> None:
+    link = Link(spec)
+    link.slot.set_phase(Phase.START)
+    try:
+        run = Run(spec, link, group.choose_device(spec), {})
+        group.form(spec, run.device)
+        _call(train, run)
+    except Stopped:
+        _leave_or_exit(STATUS_STOPPED)
+        raise SystemExit(STATUS_STOPPED) from None
+    except Unusable as error:
+        assert spec.restore is not None
+        print(f"hpcft: {error.__cause__}", file=sys.stderr)
+        link.say_damaged(str(spec.restore.directory), str(error))
+        _exit(STATUS_DAMAGED)
+    except Unreadable as error:
+        print(f"hpcft: {error.__cause__}", file=sys.stderr)
+        link.say_unreadable(str(error))
+        _exit(STATUS_UNREADABLE)
+    except BaseException as error:
+        _fail(link, error)
+    _leave_or_exit(0)
+
+
+def _call(train: Callable[[Run], object], run: Run) -> None:
+    try:
+        train(run)
+    except SystemExit as ended:
+        if ended.code not in (None, 0):
+            raise
+    run._finish()
+
+
+def _leave_or_exit(status: int) -> None:
+    if not group.leave():
+        _exit(status)
+
+
+def _fail(link: Link, error: BaseException) -> NoReturn:
+    """Print and report the exception, and end without waiting for anybody."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    traceback.print_exception(type(error), error, trace)
+    link.say_exception(error.with_traceback(trace), Step(link.slot.step))
+    _exit(STATUS_FAILED)
+
+
+def _exit(status: int) -> NoReturn:
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)

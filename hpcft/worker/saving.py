@@ -1,0 +1,149 @@
+"""One rank's part in a checkpoint: what belongs to the state, and making this rank's share of it durable.
+
+The state is what the user gave to `Run.restore`, under the names given there, and `run`: the step and what it was
+made by. Parameters and optimizer state are the same on every rank, so each writes a share of them; everything else
+(buffers, schedulers, the data position) counts as rank 0 has it. Randomness is a function of the step.
+
+A save that fails is told to the agent and training goes on: the older checkpoints are still there. This holds for
+whatever goes wrong, also in a `state_dict` of the user's own.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from hpcft.checkpoint.layout import checkpoint_name
+from hpcft.checkpoint.tree import flatten
+from hpcft.checkpoint.write import save_share
+from hpcft.data.ledger import LedgerWriter
+from hpcft.data.loader import Data
+from hpcft.errors import HpcftError, UsageError
+from hpcft.ids import Step
+from hpcft.page import Phase
+from hpcft.worker.link import Link
+from hpcft.worker.spec import WorkerSpec
+
+OWN = "run"
+"""Name of hpcft's own values beside those of the user's objects."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything whose state can be taken and put back: models, optimizers, schedulers, scalers, data, the user's own."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state_dict: Any, /) -> object: ...
+
+
+def named(objects: Mapping[str, object]) -> dict[str, Stateful]:
+    """The objects whose states make up the run's, as they are without wrappers: a state does not depend on those.
+
+    UsageError: one of them has no state, or a name that is taken.
+    """
+    found: dict[str, Stateful] = {}
+    for name, given in objects.items():
+        if name == OWN or not name.isidentifier():
+            raise UsageError(f"run.restore({name}=…): this name cannot be used", "choose another one")
+        unwrapped = _unwrapped(given)
+        if not isinstance(unwrapped, Stateful):
+            raise UsageError(
+                f"run.restore({name}=…): a {type(unwrapped).__name__} has no state_dict and load_state_dict",
+                "give models, optimizers, schedulers, data, or objects of your own with these two methods",
+            )
+        found[name] = unwrapped
+    return found
+
+
+def _unwrapped(given: object) -> object:
+    while True:
+        inner = getattr(given, "_orig_mod", None)  # torch.compile
+        if isinstance(given, DistributedDataParallel):
+            given = given.module
+        elif isinstance(given, nn.Module) and isinstance(inner, nn.Module):
+            given = inner
+        else:
+            return given
+
+
+class Saving:
+    """What is saved, and how far that got. `last` is the step of the last save tried (or restored from)."""
+
+    def __init__(self, spec: WorkerSpec, link: Link) -> None:
+        self._spec = spec
+        self._link = link
+        self._objects: dict[str, Stateful] = {}
+        self._data: Data | None = None
+        self._ledger: LedgerWriter | None = None
+        self.last: Step | None = None
+
+    def remember(self, objects: dict[str, Stateful], data: Data | None, ledger: LedgerWriter | None) -> None:
+        """From now on the state is that of these. StateError: there is something in it that cannot be kept."""
+        self._objects, self._data, self._ledger = objects, data, ledger
+        if self._spec.run_directory is not None:
+            flatten(self._state(Step(0)))  # better now than in the first save
+
+    def save(self, step: Step) -> None:
+        """Make this rank's share of the state at `step` durable and report it. Nothing is saved twice.
+
+        The state must not change meanwhile. Never raises: a failure is reported, and training goes on.
+        """
+        if self._spec.run_directory is None or self.last == step:
+            return
+        self.last = step
+        self._link.slot.set_phase(Phase.CHECKPOINT)
+        try:
+            self._save(step)
+        except HpcftError as error:
+            self._failed(step, error.message)
+        except Exception as error:  # whatever it is must not end the training: it is an incident
+            traceback.print_exc()
+            self._failed(step, f"{type(error).__name__}: {error}")
+
+    def _save(self, step: Step) -> None:
+        spec = self._spec
+        assert spec.run_directory is not None
+        if not self._objects:
+            raise UsageError("nothing was given to run.restore, so there is nothing to save")
+        flat = flatten(self._state(step))
+        if self._ledger is not None:
+            self._ledger.sync()
+            if self._ledger.failed:
+                print(f"hpcft: the ledger is incomplete: {self._ledger.failed}", file=sys.stderr)
+        report = save_share(
+            spec.run_directory / "checkpoints",
+            checkpoint_name(step, spec.generation),
+            spec.nonce,
+            spec.rank,
+            spec.world_size,
+            flat,
+            pinned=self._pinned(flat.tensors),
+            position=None if self._data is None else self._data.state_dict(),
+        )
+        self._link.say_shard(step, report)
+
+    def _failed(self, step: Step, reason: str) -> None:
+        print(f"hpcft: the checkpoint of step {step} failed on rank {self._spec.rank}: {reason}", file=sys.stderr)
+        self._link.say_save_failed(step, reason)
+
+    def _state(self, step: Step) -> dict[str, object]:
+        spec = self._spec
+        own = {"step": step, "seed": spec.seed, "generation": spec.generation, "world_size": spec.world_size}
+        return {OWN: own, **{name: each.state_dict() for name, each in self._objects.items()}}
+
+    def _pinned(self, names: Iterable[str]) -> set[str]:
+        """Of these tensors, all but those that every rank has alike: parameters and the optimizers' state."""
+        shared: set[str] = set()
+        alike: set[str] = set()
+        for name, each in self._objects.items():
+            if isinstance(each, nn.Module):
+                shared |= {f"{name}.{parameter}" for parameter, _ in each.named_parameters(remove_duplicate=False)}
+            elif isinstance(each, Optimizer):
+                alike.add(name)
+        return {name for name in names if name not in shared and name.partition(".")[0] not in alike}

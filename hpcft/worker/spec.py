@@ -1,0 +1,135 @@
+"""What a worker is told at its start, and how it ends: its side of the contract with agent and pool.
+
+The specification is JSON in the environment, whether the worker was forked from the warm pool or exec'd. Keys that
+are not known here belong to others (the pool reads which program to run), or to a newer agent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from hpcft.errors import HpcftError, UsageError
+from hpcft.ids import Generation, Rank, Step
+
+SPEC_VARIABLE = "HPCFT_WORKER_SPEC"
+
+STATUS_FAILED = 1
+STATUS_FENCED = 113
+STATUS_DAMAGED = 114
+STATUS_STOPPED = 115
+STATUS_UNREADABLE = 116
+"""Exit statuses of a worker; 0: the training function has returned."""
+
+
+class SpecError(HpcftError):
+    """The specification in the environment cannot be understood."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """The checkpoint to start from."""
+
+    step: Step
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One worker of one generation. The defaults are those of a process that trains alone."""
+
+    rank: Rank = Rank(0)
+    world_size: int = 1
+    local_rank: int = 0
+    generation: Generation = Generation(0)
+    nonce: str = ""
+    run_directory: Path | None = None
+    """None: alone, without a run directory: nothing is saved."""
+    store: tuple[str, int] | None = None
+    """Address and port of the generation's TCPStore; None: alone."""
+    store_prefix: str = ""
+    address: str = "127.0.0.1"
+    """This node's own numeric address: where its part of the process group listens."""
+    group_timeout: float = 600.0
+    restore: Restore | None = None
+    seed: int = 0
+    save_every: int | None = None
+    """Steps between two checkpoints; None: only when the agent asks."""
+    ledger: bool = False
+    loader_workers: int | None = None
+    prefetch: int | None = None
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """The `[train]` table of the configuration."""
+    device: str | None = None
+    """Entry of CUDA_VISIBLE_DEVICES; None: this rank has no GPU."""
+    slot: int = 0
+    page_fd: int | None = None
+    control_fd: int | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no agent."""
+        return self.page_fd is None
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> WorkerSpec:
+        """SpecError: something that a worker cannot do without is missing or of the wrong type."""
+        try:
+            spec = orjson.loads(text)
+            restore = spec["restore"]
+            data = spec["data"]
+            return cls(
+                rank=Rank(int(spec["rank"])),
+                world_size=int(spec["world_size"]),
+                local_rank=int(spec["local_rank"]),
+                generation=Generation(int(spec["generation"])),
+                nonce=str(spec["nonce"]),
+                run_directory=Path(spec["run_dir"]),
+                store=(str(spec["master_addr"]), int(spec["master_port"])),
+                store_prefix=str(spec["store_prefix"]),
+                address=str(spec["address"]),
+                group_timeout=float(spec["group_timeout"]),
+                restore=None if restore is None else Restore(Step(restore["step"]), Path(restore["directory"])),
+                seed=int(spec["seed"]),
+                save_every=spec["checkpoint"]["every_steps"],
+                ledger=bool(data["ledger"]),
+                loader_workers=data["workers"],
+                prefetch=data["prefetch"],
+                train=spec["train"],
+                device=spec["device"],
+                slot=int(spec["slot"]),
+                page_fd=int(spec["page_fd"]),
+                control_fd=int(spec["control_fd"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise SpecError(
+                f"the worker's specification in {SPEC_VARIABLE} cannot be understood: {error!r}",
+                "agent and worker must come from the same installation of hpcft",
+            ) from error
+
+
+def take_spec(environment: Mapping[str, str]) -> WorkerSpec:
+    """The specification in `environment`, or that of a process that trains alone.
+
+    UsageError: another launcher has started this as one of several.
+    """
+    text = environment.get(SPEC_VARIABLE)
+    if text is not None:
+        spec = WorkerSpec.parse(text)
+        for descriptor in (spec.page_fd, spec.control_fd):
+            if descriptor is not None:
+                os.set_inheritable(descriptor, False)  # an exec'd worker got them inheritable; its children must not
+        return spec
+    others = environment.get("WORLD_SIZE", "1")
+    if others != "1":
+        raise UsageError(
+            f"another launcher (torchrun?) has started this program as one of {others} (WORLD_SIZE), "
+            "and hpcft.main would train as often, each alone",
+            "start it with `hpcft run` or `hpcft submit`, or by itself as `python train.py`",
+        )
+    return WorkerSpec()
