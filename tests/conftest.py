@@ -1,0 +1,31 @@
+"""Fixtures for all tests; those marked `slurm` run on a real cluster, and are skipped where none can be started."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import Cluster, missing
+
+why_no_cluster = functools.cache(missing)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Here and not in a fixture: pytest folds skips of one place and one reason into one line.
+    if item.get_closest_marker("slurm") and (why := why_no_cluster()):
+        pytest.skip(why)
+
+
+@pytest.fixture(scope="module")
+def cluster_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster.start(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(cluster_of_module: Cluster) -> Iterator[Cluster]:
+    """Four nodes, shared by a module's tests; each finds it whole and empty, whatever the one before did to it."""
+    yield cluster_of_module
+    cluster_of_module.reset()

@@ -1,0 +1,130 @@
+"""How a run is made to leave, gives up, and goes on later; and what happens where nothing can be saved."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcft import process
+from tests.e2e.localrun import LocalRun, command, exact
+
+pytestmark = [pytest.mark.local, pytest.mark.timeout(600)]
+
+STEPS = 44
+
+
+def used(status: dict[str, Any], cause: str) -> int:
+    return int(next(each["used"] for each in status["budget"] if each["cause"] == cause))
+
+
+def test_time_limit_then_ctrl_c_then_a_damaged_checkpoint(tmp_path: Path, undisturbed: Any) -> None:
+    """Four starts in a row, and the bits of one that was left alone."""
+    out = tmp_path / "digest"
+    with LocalRun(tmp_path, {**exact(out, pause=0.2), "nodes.min": 2}).start() as run:
+        run.until_recorded(5, generation=1)
+        for index in (0, 1):  # Slurm warns all steps alike
+            process.send(run.keeper(index), signal.SIGUSR1)
+        status = run.until("the next start", lambda found: found.get("start") == 2 and found["state"] == "training")
+        saved = status["checkpoints"][-1]["step"]
+        assert saved >= 5 and "requeued: time limit; saved at step" in run.said()
+        assert status["incidents"] == [], "a time limit is no failure"
+
+        run.until_recorded(saved + 4, generation=2)
+        run.send(signal.SIGINT)
+        run.until("the verdict", lambda found: found["verdict"] is not None)
+        at = time.monotonic()
+        status = run.ends(12)
+        assert time.monotonic() - at < 10, "agents end right after the verdict, whoever has signalled them"
+        assert status["state"] == "cancelled" and status["step"] < STEPS
+        last = status["checkpoints"][-1]
+        assert last["step"] == status["step"] >= saved + 4, "nothing was lost"
+
+    damage(run.directory / "checkpoints" / f"step-{last['step']:08}-g{last['generation']:04}")
+    verified = command("ckpt", "verify", run.directory)
+    assert verified.returncode == 16 and f"{last['step']}" in verified.stdout
+
+    with run.start():
+        status = run.ends(0)
+    assert f"the checkpoint of step {last['step']} is damaged" in run.said()
+    assert "the next older one is used" in run.said()
+    assert out.read_text() == undisturbed.digest
+    run.assert_exact(STEPS)
+    assert last["step"] not in [each["step"] for each in status["checkpoints"] if each["generation"] == 2]
+    assert command("ckpt", "verify", run.directory).returncode == 0, "the damaged one is out of the way"
+
+
+def test_a_second_ctrl_c_waits_for_nothing(tmp_path: Path) -> None:
+    with LocalRun(tmp_path, exact(tmp_path / "digest", strikes=("1 13 2 hold",))).start() as run:
+        run.until_recorded(13, generation=1)
+        run.send(signal.SIGINT)
+        run.until("the first one's answer", lambda found: "once more kills" in run.said())
+        at = time.monotonic()
+        run.send(signal.SIGINT)
+        run.ends(12)
+        assert time.monotonic() - at < 10
+
+
+def damage(checkpoint: Path) -> None:
+    """Flip one bit of the data."""
+    shard = max(checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 0x10
+    shard.write_bytes(content)
+
+
+def test_the_same_exception_twice_is_the_users(tmp_path: Path) -> None:
+    strikes = ("1 13 2 raise", "2 13 2 raise")
+    with LocalRun(tmp_path, exact(tmp_path / "digest", strikes=strikes)).start() as run:
+        status = run.ends(10)
+    said = run.said()
+    assert re.search(
+        r"rank 2 on node2 failed twice at step 13 with the same error: ArithmeticError: wrong at step 13 "
+        r"at \S+/struck\.py:\d+",
+        said,
+    )
+    assert "strike: raise at step 13" in said and "Traceback" in said, "the last lines of the output"
+    assert status["state"] == "failed" and status["verdict"]["exit_code"] == 10
+    assert any("wrong at step 13" in line for line in status["incidents"][-1]["last_output"])
+
+
+def test_budgets_survive_the_end_of_a_start(tmp_path: Path) -> None:
+    strikes = ("1 3 1 raise", "3 35 2 exit")
+    settings = {**exact(tmp_path / "digest", strikes=strikes, pause=0.1), "recovery.user_failures": 1}
+    with LocalRun(tmp_path, settings).start() as run:
+        run.until_recorded(12, generation=2)
+        run.send(signal.SIGTERM)
+        status = run.ends(12)
+        assert used(status, "user code") == 1
+    assert status["step"] < 35
+    with run.start():
+        status = run.ends(11)
+    assert used(status, "user code") == 2
+    assert "2 failures of user code within 3600 s, 1 are allowed" in run.said()
+
+
+def test_a_save_that_fails_is_an_incident_and_training_goes_on(tmp_path: Path, undisturbed: Any) -> None:
+    out = tmp_path / "digest"
+    with LocalRun(tmp_path, exact(out, pause=0.2)).start() as run:
+        status = run.until("a checkpoint", lambda found: bool(found["checkpoints"]))
+        first = status["checkpoints"][-1]["step"]
+        checkpoints, away = run.directory / "checkpoints", run.directory / "away"
+        checkpoints.rename(away)
+        checkpoints.write_text("this is no directory")
+        status = run.until("an incident", lambda found: bool(found["incidents"]))
+        checkpoints.unlink()
+        away.rename(checkpoints)
+        incident = status["incidents"][0]
+        assert incident["cause"] == "checkpoint failed" and incident["steps_lost"] == 0
+        assert "checkpoints" in incident["culprit"], "the reason names what cannot be used"
+        status = run.ends(0)
+    assert status["generation"] == 1, "no worker has noticed anything"
+    assert [each["step"] for each in status["checkpoints"]][-1] == STEPS
+    assert first + 10 not in [each["step"] for each in status["checkpoints"]]
+    assert out.read_text() == undisturbed.digest
+    run.assert_exact(STEPS)
+    assert command("ckpt", "verify", run.directory).returncode == 0

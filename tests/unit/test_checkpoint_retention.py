@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoint_samples import NONCE, committed, listing, save, training_state
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpcft.checkpoint.layout import CheckpointEntry, checkpoint_name, staging_name
+from hpcft.checkpoint.marks import Mark, mark, marked, unmark
+from hpcft.checkpoint.read import entries
+from hpcft.checkpoint.retention import discard, retire, stale, sweep
+from hpcft.checkpoint.tree import flatten
+from hpcft.ids import Generation, Step
+
+
+def entry(step: int, generation: int = 1) -> CheckpointEntry:
+    name = checkpoint_name(Step(step), Generation(generation))
+    return CheckpointEntry(Step(step), Generation(generation), Path("/run/checkpoints") / name)
+
+
+def names(*steps: int) -> tuple[str, ...]:
+    return tuple(entry(step).name for step in steps)
+
+
+def test_keeps_the_last_and_the_milestones_and_the_protected() -> None:
+    held = [entry(step) for step in (100, 200, 300, 400, 500)]
+    assert retire(held, 2, None, frozenset()) == names(100, 200, 300)
+    assert retire(held[::-1], 2, None, frozenset()) == names(100, 200, 300)
+    assert retire(held, 1, 200, frozenset()) == names(100, 300)
+    assert retire(held, 1, None, frozenset(names(100))) == names(200, 300, 400)
+    assert retire(held, 9, None, frozenset()) == ()
+    assert retire(held, 0, None, frozenset()) == names(100, 200, 300, 400)
+    assert retire([], 1, 10, frozenset()) == ()
+
+
+def test_the_live_branch_does_not_lose_its_place_to_an_abandoned_one() -> None:
+    held = [entry(900, 1), entry(1000, 1), entry(500, 1), entry(600, 2)]
+    assert retire(held, 2, None, frozenset()) == (entry(500, 1).name, entry(900, 1).name)
+    both = [entry(500, 1), entry(1000, 1), entry(1000, 2), entry(1100, 2)]
+    assert retire(both, 1, 1000, frozenset()) == (entry(500, 1).name, entry(1000, 1).name)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.builds(entry, st.integers(0, 40), st.integers(1, 4)), unique=True),
+    st.integers(0, 5),
+    st.none() | st.integers(1, 10),
+    st.data(),
+)
+def test_never_everything_and_never_the_newest(
+    held: list[CheckpointEntry], keep: int, keep_every: int | None, data: st.DataObject
+) -> None:
+    protected = frozenset(e.name for e in held if data.draw(st.booleans()))
+    gone = retire(held, keep, keep_every, protected)
+    left = {e.name for e in held} - set(gone)
+    assert set(gone) <= {e.name for e in held}
+    assert protected <= left
+    assert len(left) >= min(max(keep, 1), len(held))
+    if held:
+        assert max(held, key=lambda e: (e.generation, e.step)).name in left
+    # Doing it again takes nothing more.
+    assert retire([e for e in held if e.name in left], keep, keep_every, protected) == ()
+
+
+def test_sweep_deletes_slowly_and_finishes_what_was_begun(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        committed(tmp_path, step)
+    trash = tmp_path / ".trash"
+    trash.mkdir()
+    (trash / "step-00000000-g0001").mkdir()
+    (trash / "step-00000000-g0001" / "left.safetensors").touch()
+    (trash / "step-00000001-g0001").mkdir()
+    pauses: list[float] = []
+    sweep(tmp_path, names(1, 2, 77), per_second=50, pause=pauses.append)
+    assert [e.step for e in entries(tmp_path)] == [3]
+    assert list(trash.iterdir()) == []
+    assert len(pauses) == 11, "a pause for every file"
+    assert set(pauses) == {1 / 50}
+    with pytest.raises(ValueError):
+        sweep(tmp_path, ["LATEST"])
+    with pytest.raises(ValueError):
+        sweep(tmp_path, ["../other"])
+
+
+def test_links_are_unlinked_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis").touch()
+    one = committed(tmp_path, 1)
+    (one.directory / "link").symlink_to(precious)
+    sweep(tmp_path, [one.name], pause=lambda seconds: None)
+    assert listing(precious) == ["thesis"]
+
+
+def test_leftovers_of_earlier_generations_go_and_the_live_one_stays(tmp_path: Path) -> None:
+    state = flatten(training_state(1))
+    save(tmp_path, state, 5, generation=1)
+    save(tmp_path, state, 6, generation=2)
+    (tmp_path / ".LATEST.0123456789ab.aside").touch()
+    kept = committed(tmp_path, 4, generation=1)
+    found = stale(tmp_path, Generation(2))
+    assert found == (".LATEST.0123456789ab.aside", staging_name(entry(5, 1).name, NONCE))
+    sweep(tmp_path, found, pause=lambda seconds: None)
+    live = staging_name(entry(6, 2).name, NONCE)
+    assert {p.name for p in tmp_path.iterdir()} == {kept.name, live, "LATEST", ".trash"}
+    discard(tmp_path, entry(6, 2).name, NONCE)
+    discard(tmp_path, entry(6, 2).name, NONCE)
+    assert not (tmp_path / live).exists()
+    assert stale(tmp_path / "not yet", Generation(9)) == ()
+
+
+def test_marks_are_kept_apart_from_what_is_committed(tmp_path: Path) -> None:
+    one = committed(tmp_path, 1)
+    committed(tmp_path, 2)
+    assert marked(tmp_path, Mark.PINNED) == frozenset()
+    mark(tmp_path, one.name, Mark.PINNED, "for the paper")
+    mark(tmp_path, one.name, Mark.PINNED, "for the second paper")
+    mark(tmp_path, one.name, Mark.SUSPECT, "NaN soon after")
+    assert marked(tmp_path, Mark.PINNED) == marked(tmp_path, Mark.SUSPECT) == {one.name}
+    assert marked(tmp_path, Mark.VERIFIED) == frozenset()
+    assert retire(entries(tmp_path), 1, None, marked(tmp_path, Mark.PINNED)) == ()
+    assert unmark(tmp_path, one.name, Mark.PINNED)
+    assert not unmark(tmp_path, one.name, Mark.PINNED)
+    sweep(tmp_path, [one.name], pause=lambda seconds: None)
+    assert marked(tmp_path, Mark.SUSPECT) == frozenset(), "marks go with their checkpoint"

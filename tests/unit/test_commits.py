@@ -1,0 +1,202 @@
+"""The leader's commit thread on a real directory: what it looks at, and what it lets go."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from checkpoint_samples import NONCE, RUN, committed, save, training_state
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpcft.checkpoint.layout import CheckpointEntry, checkpoint_name
+from hpcft.checkpoint.marks import Mark, mark
+from hpcft.checkpoint.read import entries
+from hpcft.checkpoint.retention import retire_abandoned
+from hpcft.checkpoint.tree import flatten
+from hpcft.commits import Commits, Retention
+from hpcft.events import (
+    CheckpointCommitted,
+    CheckpointDamaged,
+    CheckpointKept,
+    CheckpointRef,
+    CheckpointsRetired,
+    Event,
+    Formation,
+    Member,
+)
+from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step, Term
+
+WORKERS = 2
+
+
+def ref(step: int, generation: int = 1) -> CheckpointRef:
+    return CheckpointRef(Step(step), Generation(generation))
+
+
+def formation(generation: int, restore: CheckpointRef | None) -> Formation:
+    member = Member(NodeId("node1"), Incarnation("node1/1"), "10.0.0.1", WORKERS, Rank(0))
+    return Formation(Term(1), Generation(generation), (member,), restore, NONCE)
+
+
+@contextmanager
+def thread(root: Path, keep: int = 2, keep_every: int = 0) -> Iterator[tuple[Commits, Callable[[], Event]]]:
+    said: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    commits = Commits(root, RUN, Retention(keep, keep_every), said.put)
+    try:
+        yield commits, lambda: said.get(timeout=30)
+    finally:
+        commits.close(30)
+
+
+def report(commits: Commits, root: Path, step: int, generation: int) -> None:
+    for rank, shard in enumerate(save(root, flatten(training_state(step)), step, generation, world_size=WORKERS)):
+        commits.reported(Generation(generation), Step(step), Rank(rank), shard.to_json())
+
+
+def left(root: Path) -> list[tuple[int, int]]:
+    return [(each.step, each.generation) for each in entries(root)]
+
+
+def test_a_branch_keeps_what_it_started_from_and_the_abandoned_one_waits(tmp_path: Path) -> None:
+    """`--from 100` with 200 … 400 on disk."""
+    for step in (100, 200, 300, 400):
+        committed(tmp_path, step)
+    lineage = [ref(100)]
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(2, ref(100)))
+        for step in (150, 160, 170):
+            report(commits, tmp_path, step, 2)
+            event = next_event()
+            assert isinstance(event, CheckpointCommitted)
+            lineage.append(event.checkpoint)
+            commits.retain(tuple(lineage))
+            if step == 150:
+                report(commits, tmp_path, 155, 2)
+                assert isinstance(next_event(), CheckpointCommitted)
+                assert left(tmp_path) == [(100, 1), (200, 1), (300, 1), (400, 1), (150, 2), (155, 2)]
+                lineage.append(ref(155, 2))
+            if step == 160:
+                retired = next_event()
+                assert isinstance(retired, CheckpointsRetired)
+                assert set(retired.checkpoints) == {ref(200), ref(300), ref(400), ref(150, 2)}
+    assert left(tmp_path) == [(100, 1), (160, 2), (170, 2)], "what it was restored from stays"
+
+
+def test_a_straggler_costs_nothing(tmp_path: Path) -> None:
+    """It is committed for a generation that is over: the world does not count it, and nothing goes for it."""
+    committed(tmp_path, 100)
+    committed(tmp_path, 200)
+    with thread(tmp_path, keep=1) as (commits, next_event):
+        commits.follow(formation(2, ref(200)))
+        report(commits, tmp_path, 300, 2)
+        assert isinstance(next_event(), CheckpointCommitted)
+        commits.follow(formation(3, ref(200)))
+        report(commits, tmp_path, 250, 3)
+        assert isinstance(next_event(), CheckpointCommitted)
+        assert left(tmp_path) == [(100, 1), (200, 1), (300, 2), (250, 3)]
+        commits.retain((ref(100), ref(200), ref(250, 3)))
+        assert isinstance(next_event(), CheckpointsRetired)
+    assert left(tmp_path) == [(200, 1), (250, 3)]
+
+
+def test_what_the_lineage_does_not_know_yet_stays(tmp_path: Path) -> None:
+    """The next commit is through before the world has answered to the last one."""
+    with thread(tmp_path, keep=1) as (commits, next_event):
+        commits.follow(formation(1, None))
+        for step in (100, 200):
+            report(commits, tmp_path, step, 1)
+            next_event()
+        commits.retain((ref(100),))
+    assert left(tmp_path) == [(100, 1), (200, 1)]
+
+
+def test_pinned_ones_stay_on_any_branch(tmp_path: Path) -> None:
+    for step in (100, 200, 300):
+        committed(tmp_path, step)
+    mark(tmp_path, checkpoint_name(Step(300), Generation(1)), Mark.PINNED, "a paper was written about it")
+    with thread(tmp_path, keep=1) as (commits, next_event):
+        commits.follow(formation(2, ref(100)))
+        report(commits, tmp_path, 150, 2)
+        next_event()
+        commits.retain((ref(100), ref(150, 2)))
+    assert left(tmp_path) == [(100, 1), (300, 1), (150, 2)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sets(st.tuples(st.integers(0, 40), st.integers(1, 4))),
+    st.sets(st.tuples(st.integers(0, 40), st.integers(1, 4))),
+    st.integers(0, 4),
+    st.integers(0, 10),
+)
+def test_abandoned_ones_go_only_for_enough_later_ones(
+    live: set[tuple[int, int]], others: set[tuple[int, int]], keep: int, keep_every: int
+) -> None:
+    def named(each: tuple[int, int]) -> str:
+        return checkpoint_name(Step(each[0]), Generation(each[1]))
+
+    held = [CheckpointEntry(Step(s), Generation(g), Path("/run") / named((s, g))) for s, g in live | others]
+    gone = set(
+        retire_abandoned(held, frozenset(map(named, live)), Generation(4), keep, keep_every or None, frozenset())
+    )
+    assert gone <= {named(each) for each in others - live if each[1] < 4}
+    for step, generation in others:
+        if named((step, generation)) in gone:
+            assert sum(later > generation for _, later in live) >= max(keep, 1)
+
+
+def test_only_what_the_leader_finds_damaged_is_set_aside(tmp_path: Path) -> None:
+    done = committed(tmp_path, 100)
+    committed(tmp_path, 200)
+    shard = done.directory / "shard-00001-of-00003.safetensors"
+    with thread(tmp_path) as (commits, next_event):
+        commits.quarantine(ref(100), "a bit was wrong")
+        kept = next_event()
+        assert kept == CheckpointKept(ref(100), "the leader has read all of it and finds it sound")
+        (done.directory / ".nfs0000000000000001").write_bytes(b"an NFS client holds a deleted file")
+        commits.quarantine(ref(100), "a bit was wrong")
+        assert isinstance(next_event(), CheckpointKept)
+
+        content = bytearray(shard.read_bytes())
+        content[-9] ^= 4
+        shard.write_bytes(content)
+        commits.quarantine(ref(100), "a bit was wrong")
+        damaged = next_event()
+        assert isinstance(damaged, CheckpointDamaged) and damaged.checkpoint == ref(100)
+        assert "its content does not match its digest" in damaged.detail
+
+        commits.quarantine(ref(100), "there is no checkpoint")
+        assert next_event() == CheckpointDamaged(
+            ref(100), "there is no checkpoint; for the leader it is not there either"
+        )
+    assert left(tmp_path) == [(200, 1)]
+    assert (tmp_path / ".quarantine" / done.directory.name / shard.name).exists()
+
+
+def test_a_leader_that_cannot_read_condemns_nothing(tmp_path: Path) -> None:
+    done = committed(tmp_path, 100)
+    manifest = done.directory / "manifest.json"
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")  # whose first page cannot be read: EIO
+    with thread(tmp_path) as (commits, next_event):
+        commits.quarantine(ref(100), "a bit was wrong")
+        kept = next_event()
+    assert isinstance(kept, CheckpointKept)
+    assert "the leader cannot tell" in kept.why and os.strerror(5) in kept.why
+    assert left(tmp_path) == [(100, 1)]
+
+
+def test_damage_counts_where_it_cannot_be_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    done = committed(tmp_path, 100)
+    shutil.copy(done.directory / "state.json", done.directory / "manifest.json")
+    (tmp_path / ".quarantine").write_bytes(b"no directory")
+    with thread(tmp_path) as (commits, next_event):
+        commits.quarantine(ref(100), "a bit was wrong")
+        assert isinstance(next_event(), CheckpointDamaged)
+    assert "could not be set aside" in caplog.text

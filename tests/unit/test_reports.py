@@ -1,0 +1,126 @@
+"""What `hpcft ckpt` and `hpcft ledger` print, of real checkpoints and real ledgers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import orjson
+import pytest
+from checkpoint_samples import RUN, committed
+
+from hpcft import reports
+from hpcft.checkpoint import marks, read
+from hpcft.data.account import EpochReport, LedgerReport
+from hpcft.errors import NotFoundError
+from hpcft.rundir import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory(tmp_path / "run")
+    run.prepare()
+    run.identity.write_bytes(orjson.dumps({"id": RUN, "name": "run"}))
+    return run
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def test_checkpoints_are_listed_newest_first_with_what_is_known_of_them(run: RunDirectory) -> None:
+    for step, generation in ((100, 1), (200, 1), (200, 2)):
+        committed(run.checkpoints, step, generation)
+    marks.mark(run.checkpoints, "step-00000100-g0001", marks.Mark.PINNED, "the paper's")
+    flip(run.checkpoints / "step-00000200-g0001" / "manifest.json", 40)
+    listing = reports.list_checkpoints(run)
+    assert [each.name for each in listing.checkpoints] == [
+        "step-00000200-g0002", "step-00000200-g0001", "step-00000100-g0001",
+    ]  # fmt: skip
+    newest, damaged, pinned = listing.checkpoints
+    assert newest.name == listing.latest
+    assert newest.bytes == sum(path.stat().st_size for path in (run.checkpoints / newest.name).iterdir()) - (
+        (run.checkpoints / newest.name / "manifest.json").stat().st_size
+    )
+    assert (newest.world_size, newest.damage) == (3, None)
+    assert damaged.damage is not None
+    assert "manifest.json" in damaged.damage
+    assert pinned.marks == ("pinned",)
+    lines = listing.text().splitlines()
+    assert lines[1].endswith("latest")
+    assert "DAMAGED: manifest.json" in lines[2]
+    assert lines[3].endswith("pinned")
+    assert json.loads(json.dumps(listing.as_dict()))["checkpoints"][2]["step"] == 100
+
+
+def test_quarantined_checkpoints_are_named(run: RunDirectory) -> None:
+    committed(run.checkpoints, 100)
+    read.quarantine(run.checkpoints / "step-00000100-g0001", "a flipped bit")
+    listing = reports.list_checkpoints(run)
+    assert listing.checkpoints == ()
+    assert [name.startswith("step-00000100-g0001") for name in listing.quarantined] == [True]
+    assert "quarantined: step-00000100-g0001" in listing.text()
+
+
+def test_a_run_without_checkpoints(run: RunDirectory) -> None:
+    assert reports.list_checkpoints(run).text() == "the run run has no checkpoint yet"
+
+
+def test_verification_names_the_damaged_file_and_its_tensors(run: RunDirectory) -> None:
+    for step in (100, 200):
+        committed(run.checkpoints, step)
+    assert reports.verify_checkpoints(run, None).sound
+    shard = next((run.checkpoints / "step-00000200-g0001").glob("shard-*.safetensors"))
+    flip(shard, shard.stat().st_size - 1)
+    verification = reports.verify_checkpoints(run, None)
+    assert not verification.sound
+    newest, older = verification.as_dict()["checkpoints"]
+    assert (newest["step"], newest["sound"], older["sound"]) == (200, False, True)
+    assert newest["damages"][0]["file"] == shard.name
+    assert newest["damages"][0]["tensors"]
+    assert "step-00000200-g0001: DAMAGED" in verification.text()
+    assert "step-00000100-g0001: sound" in verification.text()
+    assert reports.verify_checkpoints(run, 100).sound
+
+
+def test_a_checkpoint_of_another_run_does_not_pass(run: RunDirectory) -> None:
+    committed(run.checkpoints, 100)
+    run.identity.write_bytes(orjson.dumps({"id": "another", "name": "run"}))
+    assert not reports.verify_checkpoints(run, None).sound
+
+
+def test_a_step_without_checkpoint_is_said_with_those_that_have_one(run: RunDirectory) -> None:
+    committed(run.checkpoints, 100)
+    with pytest.raises(NotFoundError) as caught:
+        reports.verify_checkpoints(run, 150)
+    assert (caught.value.message, caught.value.hint) == ("the run run has no checkpoint of step 150", "there are: 100")
+
+
+def ledger(**changes: object) -> LedgerReport:
+    epoch = EpochReport(0, 1000, 1000, 0, 0, 0, False)
+    facts = {
+        "samples": 1000, "seed": 0, "last_step": 60, "superseded": 0, "open_step": None,
+        "epochs": (epoch,), "generations": (), "problems": (),
+    }  # fmt: skip
+    return LedgerReport(**{**facts, **changes})  # type: ignore[arg-type]
+
+
+def test_a_ledger_that_adds_up() -> None:
+    text = reports.ledger_text(ledger(superseded=3, open_step=61))
+    assert text.splitlines()[-1] == "each sample that was reached has been used exactly once"
+    assert "3 steps were undone by a rollback and do not count" in text
+    assert "step 61 is being recorded" in text
+    assert reports.ledger_as_dict(ledger())["exact"] is True
+
+
+def test_a_ledger_that_does_not_add_up_names_samples() -> None:
+    epoch = EpochReport(0, 1000, 995, 2, 3, 0, False, (4, 5), (7, 8, 9))
+    report = ledger(epochs=(epoch,), problems=("step 12: rank 3 is missing",))
+    text = reports.ledger_text(report)
+    assert "epoch 0: used more than once: 4, 5" in text
+    assert "epoch 0: never used: 7, 8, 9" in text
+    assert "PROBLEM: step 12: rank 3 is missing" in text
+    assert text.splitlines()[-1] == "NOT EXACT"
+    assert json.loads(json.dumps(reports.ledger_as_dict(report)))["exact"] is False
