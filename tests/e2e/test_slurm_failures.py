@@ -154,8 +154,10 @@ def test_stopped_agent(cluster: Cluster) -> None:
 
 
 def test_time_limit_ahead(cluster: Cluster) -> None:
-    settings = {**EXACT, "train.steps": 500, "slurm.end_lead": "30s", "checkpoint.every": "1000 steps"}
-    run = SlurmRun(cluster, "limit", settings).submit("--time=1", "--signal=USR1@35")
+    settings = {**EXACT, "train.steps": 1500, "slurm.end_lead": "30s", "checkpoint.every": "10000 steps"}
+    # slurmctld looks every 30 s, and signals if the time would be there before its next look: here 30 to 60 s from the
+    # start, when training has surely begun, and surely not ended
+    run = SlurmRun(cluster, "limit", settings).submit("--time=2", "--signal=USR1@60")
     run.trains(past=3)
     until(lambda: int(cluster.job(run.job)["Restarts"]) == 1, "requeued", 120)
     first = run.status()
