@@ -2,7 +2,7 @@
 
 A directory of a checkpoint's name has been committed, whole; nothing else is offered. What the disk has made of
 it since is another question: `verify` answers it for every byte, `load` for the bytes it reads. Which branch of the
-run counts is a third one, and the journal answers it: callers pass a predicate. `LATEST` decides nothing.
+run counts is a third one, and the journal answers it. `LATEST` decides nothing.
 
 A file that is missing from a directory that is there, or short, or not what was written, is damage. An error of the
 system (an I/O error, a stale handle, a permission) is not: it may be this node's, and says nothing about the
@@ -64,14 +64,6 @@ class Latest:
     """Digest of its manifest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The newest checkpoint that passed, and those that did not, newest first."""
-
-    entry: CheckpointEntry | None
-    damaged: tuple[tuple[CheckpointEntry, tuple[Damage, ...]], ...]
-
-
 def entries(root: Path) -> list[CheckpointEntry]:
     """The committed checkpoints in the order of their commits (generation, then step). No file is opened."""
     try:
@@ -115,22 +107,6 @@ def read_latest(root: Path) -> Latest | None:
         return None
     except ValueError as error:
         raise CheckpointDamagedError(path, Damage(LATEST, str(error))) from error
-
-
-def latest_flaw(root: Path) -> str:
-    """Why the hint is of no use (damaged, dangling, lying); empty when it is right or there is none."""
-    try:
-        latest = read_latest(root)
-        if latest is None:
-            return ""
-        if parse_name(latest.name) is None:
-            return f"LATEST names {latest.name!r}, which is no checkpoint"
-        _, digest = read_manifest(root / latest.name)
-    except CheckpointDamagedError as error:
-        return error.message
-    except NotFoundError:
-        return f"LATEST names {latest.name}, which is not there" if latest else ""
-    return "" if digest == latest.manifest else f"LATEST names {latest.name}, but with another manifest"
 
 
 def read_manifest(directory: Path, run: RunId | None = None) -> tuple[Manifest, str]:
@@ -208,49 +184,6 @@ def losses(directory: Path, run: RunId | None = None) -> list[Damage]:
 
 def _damages(directory: Path, manifest: Manifest, progress: Callable[[int], None]) -> list[Damage]:
     return [damage for entry in manifest.files for damage in _verify_file(directory, entry, progress)]
-
-
-def survey(directory: Path, run: RunId | None = None) -> list[Damage]:
-    """The quick look: manifest, `state.json`, and that every file is there with its size."""
-    try:
-        manifest, _ = read_manifest(directory, run)
-    except CheckpointDamagedError as error:
-        return list(error.damages)
-    damages = []
-    for entry in manifest.files:
-        if not entry.name.endswith(SHARD_SUFFIX):
-            damages += _verify_file(directory, entry, lambda nbytes: None)
-            continue
-        try:
-            if damage := stat_damage(entry, (directory / entry.name).stat()):
-                damages.append(damage)
-        except OSError as error:
-            damages.append(damage_of(entry.name, error, directory))
-    return damages
-
-
-def newest_intact(
-    root: Path,
-    lineage: Callable[[CheckpointEntry], bool] = lambda entry: True,
-    run: RunId | None = None,
-    check: Callable[[Path, RunId | None], list[Damage]] = survey,
-) -> Found:
-    """The checkpoint with the highest step, of those that `lineage` accepts, that passes `check`.
-
-    With `survey` the answer is quick, and the bytes are checked by whoever loads them; with `verify` they are read
-    here. The damaged ones that were passed over are returned, not touched: see `quarantine`.
-    """
-    damaged: list[tuple[CheckpointEntry, tuple[Damage, ...]]] = []
-    candidates = [entry for entry in entries(root) if lineage(entry)]
-    for entry in sorted(candidates, key=lambda entry: (entry.step, entry.generation), reverse=True):
-        try:
-            damages = check(entry.directory, run)
-        except NotFoundError:
-            continue  # retired while we looked
-        if not damages:
-            return Found(entry, tuple(damaged))
-        damaged.append((entry, tuple(damages)))
-    return Found(None, tuple(damaged))
 
 
 def quarantine(directory: Path, reason: str) -> Path | None:

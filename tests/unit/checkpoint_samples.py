@@ -14,8 +14,10 @@ import torch
 from hpcft.checkpoint.commit import Committed, Facts, commit
 from hpcft.checkpoint.layout import checkpoint_name
 from hpcft.checkpoint.manifest import ShardReport
+from hpcft.checkpoint.read import read_latest, read_manifest
 from hpcft.checkpoint.tree import FlatState, flatten
 from hpcft.checkpoint.write import save_share
+from hpcft.errors import NotFoundError
 from hpcft.ids import Generation, Rank, RunId, Step, Term
 
 RUN = RunId("0f" * 16)
@@ -79,6 +81,18 @@ def facts(parent: str | None = None, run: RunId = RUN, created: float = 1.7e9) -
 def committed(root: Path, step: int, generation: int = 1, world_size: int = 3) -> Committed:
     state = flatten(training_state(step))
     return commit(root, save(root, state, step, generation, world_size), facts())
+
+
+def latest_flaw(root: Path) -> str:
+    """Why the hint is of no use; empty when it is right or there is none."""
+    latest = read_latest(root)
+    if latest is None:
+        return ""
+    try:
+        _, digest = read_manifest(root / latest.name)
+    except NotFoundError:
+        return f"LATEST names {latest.name}, which is not there"
+    return "" if digest == latest.manifest else f"LATEST names {latest.name}, but with another manifest"
 
 
 def same_tensors(one: FlatState, other: FlatState) -> bool:

@@ -16,6 +16,7 @@ from checkpoint_samples import (
     committed,
     contents,
     facts,
+    latest_flaw,
     listing,
     mounted,
     quick_directory,
@@ -31,7 +32,7 @@ from hpcft.checkpoint.commit import CommitError, commit, room_for
 from hpcft.checkpoint.layout import checkpoint_name, parse_name, parse_staging, staging_name
 from hpcft.checkpoint.load import load
 from hpcft.checkpoint.manifest import ShardReport
-from hpcft.checkpoint.read import entries, latest_flaw, read_latest, read_manifest, verify
+from hpcft.checkpoint.read import entries, read_latest, read_manifest, verify
 from hpcft.checkpoint.retention import discard
 from hpcft.checkpoint.tree import FlatState, flatten
 from hpcft.checkpoint.write import SaveError, save_share
