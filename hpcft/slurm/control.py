@@ -6,8 +6,7 @@ command's own words; SlurmUnreachableError is the kind that a later try may cure
 pure functions, tested on output of Slurm 22.05. Times are asked for in seconds since the epoch (SLURM_TIME_FORMAT),
 so that neither time zone nor site format matters.
 
-Manners: only the leader calls, and no call is repeated by this module but for `exclude_pending`, whose first try may
-come before Slurm has put the job back into the queue.
+Manners: only the leader calls, and no call is repeated by this module.
 """
 
 from __future__ import annotations
@@ -15,13 +14,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from hpcft.errors import UnusableError
 from hpcft.events import Termination
-from hpcft.slurm.nodelist import compress, expand
 
 LIMIT_SECONDS = 10.0
 
@@ -34,8 +32,6 @@ _UNREACHABLE = (
     "zero bytes were transmitted",
     "backup controller",
 )
-_NOT_YET_PENDING = ("no longer pending", "try again")
-_RETRY_SECONDS = 0.5
 _REAP_SECONDS = 2.0
 
 _FREE_TEXT = ("JobName", "Command", "WorkDir", "StdErr", "StdIn", "StdOut", "Comment", "AdminComment", "SystemComment")
@@ -76,42 +72,6 @@ async def requeue(job: str, *, limit: float = LIMIT_SECONDS) -> None:
         SlurmError: Slurm refused (a batch job needs `--requeue`), or did not answer.
     """
     await _run("scontrol", "requeue", job, limit=limit)
-
-
-async def exclude_pending(
-    job: str, nodes: Iterable[str], *, patience: float = LIMIT_SECONDS, limit: float = LIMIT_SECONDS
-) -> str:
-    """Keep a pending job away from these nodes, and from those it was kept away from before.
-
-    Works from inside the job just after `requeue`; until Slurm has taken note of that, it is tried again, for
-    `patience` seconds. Returns the list that is now in force.
-
-    Raises:
-        SlurmError: the job runs, Slurm refused, or did not answer.
-    """
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + patience
-    excluded = merge_excluded(await show_job(job, limit=limit), nodes)
-    while True:
-        try:
-            await _run("scontrol", "update", f"JobId={job}", f"ExcNodeList={excluded}", limit=limit)
-            return excluded
-        except SlurmUnreachableError:
-            raise
-        except SlurmError as error:
-            message = error.message.lower()
-            if loop.time() > deadline or not any(words in message for words in _NOT_YET_PENDING):
-                raise
-        await asyncio.sleep(_RETRY_SECONDS)
-
-
-async def cancel(job: str, *, limit: float = LIMIT_SECONDS) -> None:
-    """End the job; a job that has ended already is no error.
-
-    Raises:
-        SlurmError: Slurm refused, or did not answer.
-    """
-    await _run("scancel", job, limit=limit)
 
 
 async def submit(
@@ -172,13 +132,6 @@ def read_end_time(job: Mapping[str, str]) -> float | None:
     """EndTime of a record printed with SLURM_TIME_FORMAT=%s."""
     shown = job.get("EndTime", "")
     return float(shown) if shown.isdecimal() and job.get("TimeLimit") != "UNLIMITED" else None
-
-
-def merge_excluded(job: Mapping[str, str], nodes: Iterable[str]) -> str:
-    """The node list that excludes `nodes` too: Slurm replaces the old one."""
-    before = job.get("ExcNodeList", "(null)")
-    old = () if before in ("(null)", "") else expand(before)
-    return compress(dict.fromkeys((*old, *nodes)))
 
 
 def parse_jobs(text: str) -> Iterator[dict[str, str]]:

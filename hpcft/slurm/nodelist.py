@@ -16,9 +16,9 @@ An own parser, because containers often lack `scontrol`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, product
+from itertools import product
 from math import prod
 
 from hpcft.errors import UsageError
@@ -29,7 +29,6 @@ MAX_NODES = 65_536
 _TOKEN = re.compile(r"\[([^\[\]]*)\]|([^\[\],]+)|(,)")
 _RANGE = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
-_NUMBERED = re.compile(r"(.*?)(\d{1,18})(\D*)", re.ASCII | re.DOTALL)
 
 
 def expand(nodelist: str) -> tuple[str, ...]:
@@ -42,29 +41,6 @@ def expand(nodelist: str) -> tuple[str, ...]:
     for item in _items(nodelist):
         names.extend(_names_of(item, nodelist, MAX_NODES - len(names)))
     return tuple(names)
-
-
-def compress(names: Iterable[str]) -> str:
-    """A short node list that expands to exactly these names in this order.
-
-    Neighbours that differ only in their last number, counting up by one, share a bracket: `n08,n09,n10` becomes
-    `n[08-10]`. Raises UsageError for a name that `expand` would not give back.
-    """
-    given = list(names)
-    for name in given:
-        if not _NAME.fullmatch(name):
-            raise UsageError(f"{name!r} is not a node name", "Names consist of letters, digits, '.', '_' and '-'.")
-    items: list[str] = []
-    for (prefix, suffix, numbered), group in groupby(
-        map(_split, given), key=lambda part: (part[0], part[2], part[1] != "")
-    ):
-        digits = [part[1] for part in group]
-        if numbered and not suffix and len(digits) > 1:
-            ranges = [first if first == last else f"{first}-{last}" for first, last in _consecutive(digits)]
-            items.append(f"{prefix}[{','.join(ranges)}]")
-        else:  # Slurm itself rejects text behind a bracket, so names with a suffix are written out
-            items += [f"{prefix}{number}{suffix}" for number in digits]
-    return ",".join(items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,23 +102,6 @@ def _names_of(item: _Item, nodelist: str, room: int) -> Iterator[str]:
         for index, number in zip(slowest_first, choice, strict=True):
             name[index] = number
         yield "".join(name)
-
-
-def _split(name: str) -> tuple[str, str, str]:
-    """Prefix, last number (empty without one) and suffix."""
-    match = _NUMBERED.fullmatch(name)
-    return (match[1], match[2], match[3]) if match else (name, "", "")
-
-
-def _consecutive(digits: list[str]) -> Iterator[tuple[str, str]]:
-    first = last = digits[0]
-    for number in digits[1:]:
-        # The padding of a range is its lower bound's: the next number must be what that rule gives.
-        if number != str(int(last) + 1).zfill(len(first)):
-            yield first, last
-            first = number
-        last = number
-    yield first, last
 
 
 def _error(nodelist: str, why: str) -> UsageError:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcft.errors import UsageError
-from hpcft.slurm.nodelist import compress, expand
+from hpcft.slurm.nodelist import expand
 
 
 @pytest.mark.parametrize(
@@ -66,35 +66,7 @@ def test_bad_lists_say_what_is_wrong_and_where(nodelist: str, why: str) -> None:
     assert "scontrol show hostnames" in caught.value.hint
 
 
-@pytest.mark.parametrize(
-    ("names", "nodelist"),
-    [
-        ("n1", "n1"),
-        ("n1 n2 n3 n5", "n[1-3,5]"),
-        ("n08 n09 n10", "n[08-10]"),
-        ("n9 n10", "n[9-10]"),
-        ("n09 n010", "n[09,010]"),
-        ("n2 n1", "n[2,1]"),
-        ("login n1 n2 gpu1", "login,n[1-2],gpu1"),
-        ("n1-ib n2-ib", "n1-ib,n2-ib"),
-        ("", ""),
-    ],
-)
-def test_compress_keeps_order_and_padding(names: str, nodelist: str) -> None:
-    assert compress(names.split()) == nodelist
-
-
-def test_compress_refuses_what_is_no_name() -> None:
-    with pytest.raises(UsageError, match=r"'n\[1\]' is not a node name"):
-        compress(["n[1]"])
-
-
 names = st.from_regex(r"[a-z][a-z-]{0,3}[0-9]{0,4}([a-z.][0-9]{0,2})?", fullmatch=True)
-
-
-@given(st.lists(names, min_size=1, max_size=40))
-def test_compress_is_undone_by_expand(given_names: list[str]) -> None:
-    assert list(expand(compress(given_names))) == given_names
 
 
 @given(st.text(alphabet="n1[]-,0 x", max_size=14))

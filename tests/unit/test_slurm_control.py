@@ -17,7 +17,6 @@ from hpcft.slurm.control import (
     SlurmUnreachableError,
     classify,
     find_job,
-    merge_excluded,
     outside_environment,
     parse_config,
     parse_jobs,
@@ -101,12 +100,6 @@ def test_end_time_is_absolute_or_unknown() -> None:
     assert read_end_time({"EndTime": "1795261181", "TimeLimit": "UNLIMITED"}) is None
 
 
-def test_excluded_nodes_are_added_to_the_old_ones() -> None:
-    assert merge_excluded(record("pending"), ["node7", "node2"]) == "node[1-2,7]"
-    assert merge_excluded({"ExcNodeList": "(null)"}, ["node3"]) == "node3"
-    assert merge_excluded({}, ["b", "a", "b"]) == "b,a"
-
-
 def test_settings() -> None:
     config = parse_config((SAMPLES / "config.txt").read_text())
     assert config["KillWait"] == "5 sec"
@@ -187,8 +180,8 @@ async def test_an_absent_controller_is_told_from_a_refusal(programs: Path, words
 
 
 async def test_a_missing_command_says_what_to_do(programs: Path) -> None:
-    with pytest.raises(SlurmError, match="cannot run scancel") as caught:
-        await control.cancel("7")
+    with pytest.raises(SlurmError, match="cannot run scontrol") as caught:
+        await control.requeue("7")
     assert "PATH" in caught.value.hint
 
 
@@ -196,33 +189,6 @@ async def test_a_job_that_slurm_has_forgotten(programs: Path) -> None:
     program(programs, "scontrol", "pass")
     with pytest.raises(SlurmError, match="does not show that job"):
         await control.end_time("7")
-
-
-async def test_exclusion_waits_for_the_requeue_to_be_seen(programs: Path) -> None:
-    sample = (SAMPLES / "pending.txt").read_text()
-    program(
-        programs,
-        "scontrol",
-        f"""
-if "show" in sys.argv:
-    print({sample!r})
-elif not os.path.exists({str(programs / "seen")!r}):
-    open({str(programs / "seen")!r}, "w").close()
-    sys.exit("Job is no longer pending execution for job 3")
-else:
-    open({str(programs / "given")!r}, "w").write(" ".join(sys.argv[1:]))
-""",
-    )
-    assert await control.exclude_pending("2_1", ["node4"]) == "node[1-2,4]"
-    assert (programs / "given").read_text() == "update JobId=2_1 ExcNodeList=node[1-2,4]"
-
-
-async def test_exclusion_of_a_running_job_is_given_up(programs: Path) -> None:
-    sample = (SAMPLES / "pending.txt").read_text()
-    refused = "Job is no longer pending execution for job 3"
-    program(programs, "scontrol", f"print({sample!r}) if 'show' in sys.argv else sys.exit({refused!r})")
-    with pytest.raises(SlurmError, match="no longer pending"):
-        await control.exclude_pending("2_1", ["node4"], patience=0.2)
 
 
 async def test_submission(programs: Path, tmp_path: Path) -> None:
