@@ -6,8 +6,8 @@ reconnects; connecting looks addresses up in the DNS, on the client's side and i
 
 * the event loop never calls torch, not even to import it: every call happens on a thread with a client of its own
   that can be left behind when it is stuck (`lanes.py`). Nothing ever waits for such a thread;
-* each heartbeat is followed by a `check` on the same connection: its answer confirms that the server has it. A lease
-  may run from the time of sending a confirmed one;
+* each heartbeat is followed by a `check` on the same connection: without its answer the thread counts as stuck. What a
+  lease may run from is another matter: the leader's confirmation, over the stream;
 * the reader asks only for keys that it made sure exist;
 * the process that hosts the server answers host names from files alone (`forget_dns`).
 
@@ -58,14 +58,6 @@ class Heartbeat:
     """Grows with every heartbeat of an incarnation."""
     digest: Mapping[str, Any]
     """The node's workers in a few words (JSON)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Confirmation:
-    """The server has had the heartbeat `sequence`, which was sent at `sent_at` (time.monotonic)."""
-
-    sequence: int
-    sent_at: float
 
 
 def quiet_torch() -> None:
@@ -189,33 +181,15 @@ class HeartbeatWriter:
         """`patience`: seconds until a call that does not return is given up, the first time."""
         self._key = derive(secret, "heartbeat")
         self._term = term
-        self._lock = threading.Lock()
         self._newest: Heartbeat | None = None
-        self._unconfirmed_since: float | None = None
-        self._newest_at = 0.0
-        self._confirmed: Confirmation | None = None
         self._lanes = Lanes("hpcft-heartbeat-writer", address, self._write, patience)
         self._lanes.start()
 
     def beat(self, heartbeat: Heartbeat) -> None:
         """Send this one as soon as possible, and none before it that has not gone out yet. Never blocks."""
-        now = time.monotonic()
-        with self._lock:
-            self._newest, self._newest_at = heartbeat, now
-            if self._unconfirmed_since is None:
-                self._unconfirmed_since = now
+        self._newest = heartbeat
         self._lanes.wake()
         self._lanes.tend()
-
-    def stuck_for(self) -> float:
-        """How long there has been a heartbeat that the server has not confirmed, seconds; normally a millisecond."""
-        since = self._unconfirmed_since
-        return 0.0 if since is None else time.monotonic() - since
-
-    @property
-    def confirmed(self) -> Confirmation | None:
-        """The last heartbeat known to have reached the server."""
-        return self._confirmed
 
     def close(self) -> None:
         """Send no more. Never blocks."""
@@ -228,21 +202,13 @@ class HeartbeatWriter:
             if heartbeat is not None and heartbeat is not done:
                 name = _key_name(self._term, heartbeat.node)
                 value = _signed(self._key, name, heartbeat)
-                sent_at = time.monotonic()
                 with lane.calling():
                     client.set(name, value)
                     client.check([name])  # `set` alone would go unanswered
                 done = heartbeat
-                self._confirm(lane, heartbeat, sent_at)
                 self._lanes.succeeded()
             if not lane.rest():
                 return
-
-    def _confirm(self, lane: Lane, heartbeat: Heartbeat, sent_at: float) -> None:
-        with self._lock:
-            if not lane.left_behind:
-                self._confirmed = Confirmation(heartbeat.sequence, sent_at)
-                self._unconfirmed_since = None if self._newest is heartbeat else self._newest_at
 
 
 class HeartbeatReader:
@@ -276,7 +242,6 @@ class HeartbeatReader:
         self._sifting = threading.Lock()
         self._raw = dict[NodeId, bytes]()
         self._last = dict[NodeId, tuple[Incarnation, int]]()
-        self._read_at = time.monotonic()
         self._lanes = Lanes("hpcft-heartbeat-reader", address, self._read, patience)
         self._lanes.start()
         self._timer = self._loop.call_later(interval, self._tend)
@@ -291,10 +256,6 @@ class HeartbeatReader:
         with self._lock:
             self._registered.pop(node, None)
             self._fresh.pop(node, None)
-
-    def stuck_for(self) -> float:
-        """How long the reader has been deaf, seconds: silence of nodes in this time says nothing about them."""
-        return max(0.0, time.monotonic() - self._read_at - self._interval)
 
     def close(self) -> None:
         """Read no more, deliver no more. Never blocks."""
@@ -353,7 +314,6 @@ class HeartbeatReader:
                 else:
                     self._last[node] = incarnation, heartbeat.sequence
                     accepted.append(heartbeat)
-        self._read_at = time.monotonic()
         if accepted:
             with self._lock:
                 due = not self._fresh

@@ -184,21 +184,13 @@ async def beat_for(writer: HeartbeatWriter, seconds: float, first: int) -> int:
     return sequence - 1
 
 
-async def test_heartbeats_arrive_newest_last_and_are_confirmed(server: StoreServer) -> None:
+async def test_heartbeats_arrive_newest_last(server: StoreServer) -> None:
     with writing(server.address) as writer, reading(server.address) as heard:
         heard.reader.register(NODE, LIFE)
-        assert writer.stuck_for() == 0.0
-        assert writer.confirmed is None
-        began = time.monotonic()
         last = await beat_for(writer, 1.0, 1)
         await heard.until(last)
         assert heard.beats[-1] == heartbeat(last)
         assert heard.sequences() == sorted(set(heard.sequences()))
-        await eventually(lambda: writer.stuck_for() == 0.0)
-        assert writer.confirmed is not None
-        assert writer.confirmed.sequence == last
-        assert began <= writer.confirmed.sent_at <= time.monotonic()
-        assert heard.reader.stuck_for() < 1.0
         assert (heard.reader.forged, heard.reader.replayed, heard.reader.outdated) == (0, 0, 0)
 
 
@@ -366,7 +358,6 @@ async def test_a_connection_that_died_without_a_sign_is_replaced(server: StoreSe
         while not heard.sequences() or heard.sequences()[-1] < first_after + 20:
             assert time.monotonic() < deadline
             last = await beat_for(writer, 0.1, last + 1)
-        await eventually(lambda: writer.stuck_for() == 0.0)
     proxy.close()
     for task in pumps:
         task.cancel()
@@ -386,35 +377,29 @@ async def test_garbage_and_idle_connections_do_not_disturb_the_server(server: St
         connection.close()
 
 
-async def test_a_stopped_server_blocks_nobody_and_is_noticed() -> None:
+async def test_a_stopped_server_blocks_nobody_and_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
     async with Elsewhere() as other:
         with (
             writing(other.address, patience=0.3) as writer,
             reading(other.address, patience=0.3) as heard,
         ):
             heard.reader.register(NODE, LIFE)
-            last = await beat_for(writer, 0.3, 1)
-            await heard.until(last)
-            await eventually(lambda: writer.stuck_for() == 0.0)
-            confirmed = writer.confirmed
-            assert confirmed is not None
+            stopped_after = await beat_for(writer, 0.3, 1)
+            await heard.until(stopped_after)
 
             other.signal(signal.SIGSTOP)
             async with Pulse() as pulse:
-                stopped_at = time.monotonic()
-                last = await beat_for(writer, 3.0, last + 1)
+                last = await beat_for(writer, 3.0, stopped_after + 1)
             assert pulse.longest < 0.5
-            assert writer.stuck_for() > 2.0
-            assert heard.reader.stuck_for() > 2.0
-            assert writer.confirmed is not None
-            assert writer.confirmed.sent_at < stopped_at + 0.1
+            assert heard.sequences()[-1] == stopped_after
+            for who in ("writer", "reader"):
+                assert f"hpcft-heartbeat-{who} to" in caplog.text
+            assert "got no answer" in caplog.text
             assert 2 <= len(ours()) <= 12, "stuck threads are left behind, but not one for every attempt"
 
             other.signal(signal.SIGCONT)
             await heard.until(await beat_for(writer, 0.3, last + 1))
-            await eventually(lambda: writer.stuck_for() < 0.3 and heard.reader.stuck_for() < 0.3)
             assert heard.sequences() == sorted(set(heard.sequences()))
-            assert writer.confirmed.sent_at > stopped_at + 3.0 or writer.confirmed.sequence >= last
 
 
 async def test_closing_while_the_server_is_stopped_does_not_wait() -> None:
@@ -439,7 +424,6 @@ async def test_after_its_server_died_both_find_the_next_one_by_themselves(caplog
             await other.process.wait()
             async with Pulse() as pulse:
                 last = await beat_for(writer, 2.0, last + 1)
-                assert writer.stuck_for() > 1.0
                 await other.start(other.address[1])
                 deadline = time.monotonic() + GENEROUS
                 while last not in heard.sequences():
@@ -447,11 +431,10 @@ async def test_after_its_server_died_both_find_the_next_one_by_themselves(caplog
                     last = await beat_for(writer, 0.1, last + 1)
                     await asyncio.sleep(0.1)
             assert pulse.longest < 0.5
-            await eventually(lambda: writer.stuck_for() == 0.0)
     assert 1 <= len(caplog.records) < 40
 
 
-async def test_a_server_that_never_answers_is_only_noticed() -> None:
+async def test_a_server_that_never_answers_is_only_noticed(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server((HOST, 0)) as silent:  # accepts in the kernel, says nothing
         address = silent.getsockname()[:2]
         with writing(address, patience=0.2) as writer, reading(address, patience=0.2) as heard:
@@ -459,9 +442,9 @@ async def test_a_server_that_never_answers_is_only_noticed() -> None:
             async with Pulse() as pulse:
                 await beat_for(writer, 1.0, 1)
             assert pulse.longest < 0.5
-            assert writer.stuck_for() > 0.8
-            assert heard.reader.stuck_for() > 0.8
-            assert writer.confirmed is None
+            assert heard.beats == []
+            for who in ("writer", "reader"):
+                assert f"hpcft-heartbeat-{who} to" in caplog.text
 
 
 async def test_the_server_listens_on_its_one_address(server: StoreServer) -> None:
@@ -500,7 +483,7 @@ async def test_a_closed_server_is_gone_with_all_its_descriptors() -> None:
     await eventually(lambda: descriptors() <= before)
 
 
-async def test_a_server_closes_under_its_clients_and_they_notice() -> None:
+async def test_a_server_closes_under_its_clients_and_they_notice(caplog: pytest.LogCaptureFixture) -> None:
     server = await StoreServer.start(HOST)
     with writing(server.address) as writer, reading(server.address) as heard:
         heard.reader.register(NODE, LIFE)
@@ -508,8 +491,8 @@ async def test_a_server_closes_under_its_clients_and_they_notice() -> None:
         server.close()
         assert await server.wait_closed()
         await beat_for(writer, 0.6, 1000)
-        assert writer.stuck_for() > 0.3
-        assert heard.reader.stuck_for() > 0.1
+        for who in ("writer", "reader"):
+            await eventually(lambda who=who: f"hpcft-heartbeat-{who} to" in caplog.text)  # type: ignore[misc]
 
 
 def test_importing_the_module_imports_no_torch() -> None:
@@ -556,9 +539,12 @@ def test_a_dead_name_server_delays_nothing(tmp_path: Path) -> None:
         "    server = await StoreServer.start('127.0.0.9')\n"
         "    writer = HeartbeatWriter(server.address, bytes(32), 1)\n"
         "    writer.beat(Heartbeat('n1', 'a', 1, 1, {}))\n"
-        "    while writer.confirmed is None: await asyncio.sleep(0.01)\n"
+        "    heard = []\n"
+        "    reader = HeartbeatReader(server.address, bytes(32), 1, lambda *beat: heard.append(beat), interval=0.02)\n"
+        "    reader.register('n1', 'a')\n"
+        "    while not heard: await asyncio.sleep(0.01)\n"
         "    print(time.monotonic() - started)\n"
-        "    writer.close(); server.close(); await server.wait_closed(); dead.close()\n"
+        "    writer.close(); reader.close(); server.close(); await server.wait_closed(); dead.close()\n"
         "asyncio.run(main())\n"
     )
     command = 'mount --bind "$1" /etc/resolv.conf && exec "$2" "$3" "$4"'
