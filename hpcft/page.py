@@ -150,12 +150,6 @@ class Slot:
         words[bank + 4] = _check(step, ended, words[bank + 1], samples, tokens)
         words[base] = step << 1
 
-    def cancel_update(self) -> None:
-        """Parameters are what they were before `begin_update`: the update was skipped or undone."""
-        words = self._words
-        base = self._base
-        words[base] = words[base] & ~1
-
     def set_step(self, step: int) -> None:
         """The state of `step` was put in place (restore, rollback): completed, but with no figures of its own."""
         words = self._words

@@ -4,8 +4,8 @@ The keeper starts it by exec (`python -P -m hpcft.pool`), before any socket of t
 can inherit one. It has one thread and one loop over the keeper's channel, the agent's control channel, and SIGCHLD.
 
     agent -> pool   {"op":"spawn","worker","spec"} + [control, stdout, stderr, lifeline?]
-                    {"op":"kill","worker","signal"}   {"op":"kill_all"}   {"op":"hold"} + [fd]   {"op":"ping","id"}
-    pool -> agent   pool_ready, unsafe, spawned, exited, fenced, refused, pong
+                    {"op":"kill","worker","signal"}   {"op":"kill_all"}   {"op":"hold"} + [fd]
+    pool -> agent   pool_ready, unsafe, missing, spawned, exited, fenced, refused
     keeper -> pool  {"op":"control"} + [a fresh control channel]
 
 All are SOCK_SEQPACKET, one JSON object per packet. Only a parent can learn how a process ended, which is why the
@@ -99,7 +99,6 @@ class Warmth:
     """What the imports came to."""
 
     seconds: float
-    modules: tuple[str, ...]
     unsafe: str | None = None
     """The module after which a forked child cannot be trusted: workers are exec'd."""
     reason: str = ""
@@ -128,7 +127,6 @@ class _Child:
 def warm_up(preload: Sequence[str]) -> Warmth:
     """Import everything, one module at a time, and try a fork after each configured one."""
     began = time.monotonic()
-    done: list[str] = []
     missing: list[tuple[str, str]] = []
     guilty, reason = "", ""
     for name in (*WARM_IMPORTS, *preload):
@@ -140,14 +138,13 @@ def warm_up(preload: Sequence[str]) -> Warmth:
                 break
             missing.append((name, f"{type(error).__name__}: {error}"))
             continue
-        done.append(name)
         if name not in WARM_IMPORTS[:-1]:
             guilty, reason = name, fork_fault()
         if reason:
             break
     gc.collect()
     gc.freeze()  # what is here now is never looked at by a child's collector, so its pages stay shared
-    return Warmth(time.monotonic() - began, tuple(done), guilty if reason else None, reason, tuple(missing))
+    return Warmth(time.monotonic() - began, guilty if reason else None, reason, tuple(missing))
 
 
 def fork_fault(seconds: float = _TRIAL_SECONDS) -> str:
@@ -288,8 +285,6 @@ class Pool:
                 "pid": self._pid,
                 "seconds": warmth.seconds,
                 "warm": warmth.unsafe is None,
-                "modules": warmth.modules,
-                "alive": [child.worker for child in self._children.values()],
             }
         )
         if warmth.unsafe is not None:
@@ -332,8 +327,6 @@ class Pool:
                         if self._held is not None:
                             os.close(self._held)
                         self._held = fds.pop(0)
-                    case "ping":
-                        self._tell({"kind": "pong", "id": request.get("id")})
                     case other:
                         self._tell({"kind": "refused", "worker": None, "reason": f"unknown request {other!r}"})
             except (KeyError, IndexError, ValueError, TypeError) as error:

@@ -90,8 +90,6 @@ class PoolReady:
     pid: int
     seconds: float
     warm: bool
-    alive: tuple[str, ...]
-    """Workers of an earlier agent that are still dying."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +172,6 @@ class Workers:
         self._captures: dict[str, Capture] = {}
         self._held: int | None = None
         self._count = 0
-        self._pongs: dict[int, asyncio.Event] = {}
         self._events: asyncio.Queue[WorkerEvent | None] = asyncio.Queue()
         self._ready = asyncio.Event()
 
@@ -296,21 +293,6 @@ class Workers:
 
     # What the keeper and the pool say
 
-    async def ping(self, seconds: float) -> bool:
-        """Whether the pool answers within `seconds`."""
-        self._count += 1
-        number = self._count
-        self._pongs[number] = asyncio.Event()
-        try:
-            self._send({"op": "ping", "id": number})
-            async with asyncio.timeout(seconds):
-                await self._pongs[number].wait()
-        except TimeoutError:
-            return False
-        finally:
-            del self._pongs[number]
-        return True
-
     def _hear_keeper(self) -> None:
         while True:
             try:
@@ -354,8 +336,7 @@ class Workers:
         match message["kind"]:
             case "pool_ready":
                 self._ready.set()
-                ready = PoolReady(message["pid"], message["seconds"], message["warm"], tuple(message["alive"]))
-                self._on_pool(ready)
+                self._on_pool(PoolReady(message["pid"], message["seconds"], message["warm"]))
             case "unsafe" | "missing" as kind:
                 log.warning("preloaded module %s: %s", message["module"], message["reason"])
                 self._on_pool(PreloadFault(message["module"], message["reason"], unsafe=kind == "unsafe"))
@@ -376,8 +357,6 @@ class Workers:
                 for each in self._workers.values():
                     each.asked = True
                 self._on_pool(Fenced())
-            case "pong" if message["id"] in self._pongs:
-                self._pongs[message["id"]].set()
 
     def _refused(self, worker: _Worker | None, reason: str) -> None:
         log.error("the pool refuses a request: %s", reason)

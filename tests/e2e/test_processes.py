@@ -625,12 +625,13 @@ async def test_a_new_agent_finds_the_workers_of_the_old_one_gone(warm: Pool, tmp
     wait_for(lambda: marked(warm.mark) == [warm.process.pid], "the old workers are gone")
 
 
-async def test_a_request_that_makes_no_sense_is_refused_and_costs_nothing(node: Node) -> None:
+async def test_a_request_that_makes_no_sense_is_refused_and_costs_nothing(node: Node, tmp_path: Path) -> None:
     node.workers.start("w", {"rank": 0})
     exited = await node.until(WorkerExited)
     assert (exited.status, exited.pid) == (126, 0)
     assert "KeyError" in exited.cause
-    assert await node.workers.ping(GENEROUS)
+    node.workers.start("next", spec(script(tmp_path, "print('well')")))
+    assert (await node.until(WorkerExited, "next")).tail == ("well",)
 
 
 async def test_a_stopped_pool_hides_no_end(mark: str, tmp_path: Path) -> None:
@@ -641,13 +642,14 @@ async def test_a_stopped_pool_hides_no_end(mark: str, tmp_path: Path) -> None:
             spawned = await node.until(WorkerSpawned)
             await node.printed("up")
             pool.process.send_signal(signal.SIGSTOP)
-            assert not await node.workers.ping(0.1)
+            await until(lambda: state_of(pool.process.pid) == "T", "the pool is stopped")
             assert await node.workers.end(grace=0, kill_seconds=0.3) == ()
             exited = await node.until(WorkerExited)
             assert (exited.pid, exited.stuck) == (spawned.pid, False)
             assert "does not answer" in exited.cause
             pool.process.send_signal(signal.SIGCONT)
-            assert await node.workers.ping(GENEROUS)
+            node.workers.start("next", spec(script(tmp_path, "print('awake again')")))
+            assert (await node.until(WorkerExited, "next")).tail == ("awake again",)
     finally:
         end_pool(pool)
 

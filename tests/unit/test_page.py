@@ -72,15 +72,6 @@ def test_an_update_that_was_not_finished_is_seen_after_the_writers_death(page: N
     assert (progress.loss, progress.samples) == (1.0, 8), "the figures of the finished step are still there"
 
 
-def test_an_update_that_was_skipped_leaves_the_step_where_it_was(page: NodePage) -> None:
-    slot = page.slot(0)
-    slot.end_update(4, 1.0, 8, 8)
-    slot.begin_update()
-    slot.cancel_update()
-    progress = slot.read()
-    assert (progress.step, progress.updating, progress.loss) == (4, False, 1.0)
-
-
 def test_a_restored_step_has_no_figures_of_its_own(page: NodePage) -> None:
     slot = page.slot(0)
     for step in (9, 10):
