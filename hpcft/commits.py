@@ -25,7 +25,7 @@ from typing import Any
 from hpcft.checkpoint import commit, read, retention
 from hpcft.checkpoint.layout import checkpoint_name
 from hpcft.checkpoint.manifest import ShardReport
-from hpcft.checkpoint.marks import Mark, marked
+from hpcft.checkpoint.marks import pinned
 from hpcft.errors import HpcftError, NotFoundError
 from hpcft.events import (
     CheckpointCommitted,
@@ -177,7 +177,7 @@ class Commits:
         entries = read.entries(self._root)
         live = frozenset(map(_name, lineage))
         restored = (each.restore for each in (formation, self._formation) if each is not None)
-        protected = marked(self._root, Mark.PINNED) | {_name(each) for each in restored if each is not None}
+        protected = pinned(self._root) | {_name(each) for each in restored if each is not None}
         keep, keep_every = self._retained.keep, self._retained.keep_every or None
         retired = (
             *retention.retire([each for each in entries if each.name in live], keep, keep_every, protected),

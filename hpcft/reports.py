@@ -73,10 +73,10 @@ class Listing:
 
 def list_checkpoints(run: RunDirectory) -> Listing:
     root = run.checkpoints
-    marked = {kind: marks.marked(root, kind) for kind in marks.Mark}
+    pinned = marks.pinned(root)
     listed = []
     for entry in reversed(read.entries(root)):
-        mine = tuple(kind.value for kind in marks.Mark if entry.name in marked[kind])
+        mine = (marks.PINNED,) if entry.name in pinned else ()
         try:
             manifest, _ = read.read_manifest(entry.directory)
         except NotFoundError:

@@ -24,7 +24,7 @@ def retire(
     """Names of the checkpoints of a lineage that need not be kept, oldest first.
 
     Kept are the `keep` committed last (at least one, whatever was asked), those of every `keep_every` steps, and
-    the `protected`: pinned, being read, last verified. Last means generation first, then step: after a restart from
+    the `protected`: pinned, or restored from. Last means generation first, then step: after a restart from
     an earlier step the abandoned branch has the higher steps, and the live one must not lose its place to it.
     """
     ordered = sorted(entries, key=lambda entry: (entry.generation, entry.step))

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from hpcft.checkpoint.commit import Committed, Facts, commit
-from hpcft.checkpoint.layout import checkpoint_name
+from hpcft.checkpoint.layout import MARKS, checkpoint_name
 from hpcft.checkpoint.manifest import ShardReport
 from hpcft.checkpoint.read import read_latest, read_manifest
 from hpcft.checkpoint.tree import FlatState, flatten
@@ -81,6 +81,12 @@ def facts(parent: str | None = None, run: RunId = RUN, created: float = 1.7e9) -
 def committed(root: Path, step: int, generation: int = 1, world_size: int = 3) -> Committed:
     state = flatten(training_state(step))
     return commit(root, save(root, state, step, generation, world_size), facts())
+
+
+def pin(root: Path, name: str) -> None:
+    """As an operator does it."""
+    (root / MARKS).mkdir(exist_ok=True)
+    (root / MARKS / f"{name}.pinned").touch()
 
 
 def latest_flaw(root: Path) -> str:

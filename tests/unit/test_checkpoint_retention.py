@@ -3,12 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checkpoint_samples import NONCE, committed, listing, save, training_state
+from checkpoint_samples import NONCE, committed, listing, pin, save, training_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcft.checkpoint.layout import CheckpointEntry, checkpoint_name, staging_name
-from hpcft.checkpoint.marks import Mark, mark, marked, unmark
+from hpcft.checkpoint.layout import MARKS, CheckpointEntry, checkpoint_name, staging_name
+from hpcft.checkpoint.marks import pinned
 from hpcft.checkpoint.read import entries
 from hpcft.checkpoint.retention import discard, retire, stale, sweep
 from hpcft.checkpoint.tree import flatten
@@ -111,17 +111,17 @@ def test_leftovers_of_earlier_generations_go_and_the_live_one_stays(tmp_path: Pa
     assert stale(tmp_path / "not yet", Generation(9)) == ()
 
 
-def test_marks_are_kept_apart_from_what_is_committed(tmp_path: Path) -> None:
+def test_pinned_ones_stay_until_the_mark_goes_and_marks_go_with_their_checkpoint(tmp_path: Path) -> None:
     one = committed(tmp_path, 1)
     committed(tmp_path, 2)
-    assert marked(tmp_path, Mark.PINNED) == frozenset()
-    mark(tmp_path, one.name, Mark.PINNED, "for the paper")
-    mark(tmp_path, one.name, Mark.PINNED, "for the second paper")
-    mark(tmp_path, one.name, Mark.SUSPECT, "NaN soon after")
-    assert marked(tmp_path, Mark.PINNED) == marked(tmp_path, Mark.SUSPECT) == {one.name}
-    assert marked(tmp_path, Mark.VERIFIED) == frozenset()
-    assert retire(entries(tmp_path), 1, None, marked(tmp_path, Mark.PINNED)) == ()
-    assert unmark(tmp_path, one.name, Mark.PINNED)
-    assert not unmark(tmp_path, one.name, Mark.PINNED)
+    assert pinned(tmp_path) == frozenset()
+    pin(tmp_path, one.name)
+    (tmp_path / MARKS / f"{one.name}.another").touch()
+    (tmp_path / MARKS / "notes.pinned").touch()
+    assert pinned(tmp_path) == {one.name}
+    assert retire(entries(tmp_path), 1, None, pinned(tmp_path)) == ()
+    (tmp_path / MARKS / f"{one.name}.pinned").unlink()
+    assert retire(entries(tmp_path), 1, None, pinned(tmp_path)) == (one.name,)
+    pin(tmp_path, one.name)
     sweep(tmp_path, [one.name], pause=lambda seconds: None)
-    assert marked(tmp_path, Mark.SUSPECT) == frozenset(), "marks go with their checkpoint"
+    assert listing(tmp_path / MARKS) == ["notes.pinned"]

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from checkpoint_samples import NONCE, RUN, committed, save, training_state
+from checkpoint_samples import NONCE, RUN, committed, pin, save, training_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcft.checkpoint.layout import CheckpointEntry, checkpoint_name
-from hpcft.checkpoint.marks import Mark, mark
 from hpcft.checkpoint.read import entries
 from hpcft.checkpoint.retention import retire_abandoned
 from hpcft.checkpoint.tree import flatten
@@ -119,7 +118,7 @@ def test_what_the_lineage_does_not_know_yet_stays(tmp_path: Path) -> None:
 def test_pinned_ones_stay_on_any_branch(tmp_path: Path) -> None:
     for step in (100, 200, 300):
         committed(tmp_path, step)
-    mark(tmp_path, checkpoint_name(Step(300), Generation(1)), Mark.PINNED, "a paper was written about it")
+    pin(tmp_path, checkpoint_name(Step(300), Generation(1)))
     with thread(tmp_path, keep=1) as (commits, next_event):
         commits.follow(formation(2, ref(100)))
         report(commits, tmp_path, 150, 2)

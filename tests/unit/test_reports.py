@@ -7,10 +7,10 @@ from pathlib import Path
 
 import orjson
 import pytest
-from checkpoint_samples import RUN, committed
+from checkpoint_samples import RUN, committed, pin
 
 from hpcft import reports
-from hpcft.checkpoint import marks, read
+from hpcft.checkpoint import read
 from hpcft.data.account import EpochReport, LedgerReport
 from hpcft.errors import NotFoundError
 from hpcft.rundir import RunDirectory
@@ -33,7 +33,7 @@ def flip(path: Path, offset: int) -> None:
 def test_checkpoints_are_listed_newest_first_with_what_is_known_of_them(run: RunDirectory) -> None:
     for step, generation in ((100, 1), (200, 1), (200, 2)):
         committed(run.checkpoints, step, generation)
-    marks.mark(run.checkpoints, "step-00000100-g0001", marks.Mark.PINNED, "the paper's")
+    pin(run.checkpoints, "step-00000100-g0001")
     flip(run.checkpoints / "step-00000200-g0001" / "manifest.json", 40)
     listing = reports.list_checkpoints(run)
     assert [each.name for each in listing.checkpoints] == [
