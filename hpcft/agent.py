@@ -28,7 +28,18 @@ from typing import Any, assert_never
 from hpcft import secret as run_secret
 from hpcft import stream, terms, verdicts, wire
 from hpcft.errors import ExitCode, UnusableError
-from hpcft.events import Confirm, Event, Formation, NodeHeard, Verdict, WorldAcknowledged, WorldRefused
+from hpcft.events import (
+    Confirm,
+    Event,
+    Formation,
+    NodeHeard,
+    PeerAnswered,
+    Probe,
+    Reach,
+    Verdict,
+    WorldAcknowledged,
+    WorldRefused,
+)
 from hpcft.ids import Generation, Incarnation, NodeId, Term
 from hpcft.keeper import AGENT_RESTART, FORWARDED, Inherited
 from hpcft.leader import Leader, SteppedDown
@@ -38,6 +49,7 @@ from hpcft.membership import (
     ExtendLease,
     Fence,
     KillWorkers,
+    LookAt,
     Membership,
     Refuse,
     Retire,
@@ -59,6 +71,7 @@ log = logging.getLogger("hpcft.agent")
 TICK_SECONDS = 0.05
 REPORT_SECONDS = 1.0
 SEEK_SECONDS = 0.2
+_NO_LEADER = "this agent does not lead"
 FOREIGN_RENEWALS = 5
 """Seen so often, the leader of another job is alive, and not merely late to end."""
 FIRST_CLAIM_TURN_SECONDS = 10.0
@@ -142,11 +155,16 @@ class Agent:
         self._confirmed_at = 0.0
         self._kill_wait = station.kill_wait
         self._unreachable: TermRecord | None = None
-        self._server: stream.Server | None = None
+        self._server: stream.Server
         self._leader: Leader | None = None
+        self._waiting: list[stream.Stream] | None = None
+        """Who came while this agent was on its way into office."""
+        self._inquirers: list[stream.Stream] = []
         self._presiding: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[Ended] = self._loop.create_future()
-        self._leaving: asyncio.Task[None] | None = None
+        self._errands: set[asyncio.Task[None]] = set()
+        """What ends unfinished when this incarnation ends."""
+        self._leaving = False
         self._retiring = False
         self._tasks: asyncio.TaskGroup
 
@@ -160,6 +178,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._loop.add_signal_handler(number, self._signalled, number)
         Inherited.unblock_signals()
+        self._server = await stream.serve(station.address, 0, self._secret, self._arrive)
         self._workers.open()
         self._page.lease_until_ns = 1  # long over: 0 would mean that no lease is needed
         try:
@@ -172,7 +191,7 @@ class Agent:
                     tasks.create_task(self._see_workers(), name="workers"),
                 ]
                 ended = await self._ending
-                for task in background if self._leaving is None else (*background, self._leaving):
+                for task in (*background, *self._errands):
                     task.cancel()
                 if self._presiding is not None and ended.code == AGENT_RESTART:
                     self._presiding.cancel()  # an agent that was fenced leads nobody
@@ -181,10 +200,11 @@ class Agent:
         finally:
             # Slurm ends what is left of the step when the batch script is over: by then this is only slow to leave
             signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-            await self._workers.end(0.0)
+            stuck = await self._workers.end(0.0)
             await self._workers.close()
-            if self._server is not None:
-                await self._server.close()
+            for inquirer in self._inquirers if not stuck else ():
+                inquirer.send({"answer": Reach.ENDED})
+            await self._server.close()
         return ended
 
     def _end(self, code: int, reason: str) -> None:
@@ -269,37 +289,41 @@ class Agent:
         return verdict is not None
 
     async def _claim(self, sight: Sight, why: str) -> None:
-        waiting: list[stream.Stream] = []
-        self._server = await stream.serve(
-            self._station.address, 0, self._secret, lambda arrived: self._arrive(arrived, waiting)
-        )
         host, port = self._server.address
         record = TermRecord(sight.next_term, self._station.node, self._incarnation, host, port, self._station.start)
+        self._waiting = []  # the record brings them before this agent knows that it leads
         try:
             claimed = await asyncio.to_thread(terms.claim, self._station.directory.terms, record)
         except OSError as error:
             log.warning("term %d cannot be claimed, and is tried again: %s", record.term, error)
             claimed = False
         if not claimed:
-            await self._server.close("another agent leads")
-            self._server = None
+            for arrived in self._waiting:
+                arrived.close(_NO_LEADER)
+            self._waiting = None
             return
         log.info("%s: this agent leads term %d", why, record.term)
         leader = await self._lead(record)
-        self._presiding = self._tasks.create_task(self._preside(leader, waiting), name="leader")
+        self._presiding = self._tasks.create_task(self._preside(leader), name="leader")
 
-    def _arrive(self, arrived: stream.Stream, waiting: list[stream.Stream]) -> None:
-        if self._leader is None:
-            waiting.append(arrived)
-        else:
+    def _arrive(self, arrived: stream.Stream) -> None:
+        """A connection to this agent: to its leader, if it has one, or a peer's question."""
+        if arrived.hello.get("purpose") == "probe":
+            self._answer(arrived)
+        elif self._leader is not None:
             self._leader.admit(arrived)
+        elif self._waiting is not None:
+            self._waiting.append(arrived)
+        else:
+            arrived.close(_NO_LEADER)
 
-    async def _preside(self, leader: Leader, waiting: list[stream.Stream]) -> None:
+    async def _preside(self, leader: Leader) -> None:
         def admit_waiting() -> None:
+            assert self._waiting is not None
             self._leader = leader
-            for arrived in waiting:
+            for arrived in self._waiting:
                 leader.admit(arrived)
-            waiting.clear()
+            self._waiting.clear()
 
         try:
             verdict = await leader.lead(self._secret, admit_waiting)
@@ -322,6 +346,7 @@ class Agent:
                 **me,
                 "purpose": "agent",
                 "address": self._station.address,
+                "port": self._server.address[1],
                 "workers": self._station.workers,
             }
             self._stream = await stream.dial(address, self._secret, hello, limit)
@@ -407,6 +432,8 @@ class Agent:
                     self._page.lease_until_ns = int(until * 1e9)
                 case SaveAt(step, stop):
                     self._page.order_word = Order(step, stop).word
+                case LookAt(probe):
+                    self._run_errand(self._inquire(probe), f"inquiry-{probe.suspect}")
                 case Fence(reason):
                     self._workers.kill_all()
                     self._end(AGENT_RESTART, reason)
@@ -417,6 +444,11 @@ class Agent:
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._tasks.create_task(work, name=name)
+
+    def _run_errand(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        errand = self._tasks.create_task(work, name=name)
+        self._errands.add(errand)
+        errand.add_done_callback(self._errands.discard)
 
     def _start_workers(self, formation: Formation) -> None:
         # the leader says start only after it has told everybody where to meet
@@ -509,6 +541,42 @@ class Agent:
                 reported_at = at
                 self._ranks.report(at)
 
+    # --- silent peers ---
+
+    async def _inquire(self, probe: Probe) -> None:
+        """Look at an agent that the leader does not hear, and say what is found. It may answer now, and end later."""
+        timing = self._station.timing
+
+        def say(found: Reach, detail: str = "") -> None:
+            self._say(PeerAnswered(self._station.node, probe.suspect, probe.incarnation, found, detail))
+
+        hello = {"purpose": "probe", "node": self._station.node, "incarnation": probe.incarnation}
+        answered = False
+        try:
+            async with asyncio.timeout(2 * timing.timeout):
+                limit = (timing.timeout - timing.suspect) / 2
+                suspect = await stream.dial((probe.host, probe.port), self._secret, hello, limit)
+                try:
+                    while True:
+                        say(Reach((await suspect.receive())["answer"]))
+                        answered = True
+                finally:
+                    suspect.close()
+        except stream.StreamClosed as closed:
+            if not answered:
+                say(Reach.SILENT, closed.reason)
+        except (TimeoutError, KeyError, ValueError) as error:
+            log.info("%s was looked at for the leader: %s", probe.suspect, error or "it goes on")
+
+    def _answer(self, inquirer: stream.Stream) -> None:
+        """A peer asks for the leader, which does not hear this agent."""
+        if inquirer.hello.get("incarnation") != self._incarnation:
+            inquirer.close("that incarnation has ended")
+            return
+        log.warning("the leader does not hear this agent: %s asks for it", inquirer.hello.get("node"))
+        self._inquirers.append(inquirer)
+        inquirer.send({"answer": Reach.ANSWERS})
+
     # --- signals ---
 
     def _signalled(self, number: signal.Signals) -> None:
@@ -516,8 +584,9 @@ class Agent:
         name = "USR1" if number == signal.SIGUSR1 else "TERM"
         log.info("received %s", signal.Signals(number).name)
         self._tell({"signal": name})
-        if name == "TERM" and self._leaving is None:
-            self._leaving = self._tasks.create_task(self._leave_in_time(), name="leave")
+        if name == "TERM" and not self._leaving:
+            self._leaving = True
+            self._run_errand(self._leave_in_time(), "leave")
 
     async def _leave_in_time(self) -> None:
         """A verdict should come; if it does not, this node is clean before Slurm kills it."""

@@ -122,6 +122,17 @@ class Failure:
         return (self.kind, self.what, self.where)
 
 
+class Reach(StrEnum):
+    """What a second agent finds of a silent one."""
+
+    ANSWERS = "answers"
+    """It lives: only the way between it and the leader is broken. Its workers train on until their lease is over."""
+    ENDED = "ended"
+    """This incarnation has ended its workers, for good: nothing that a lease protects from is left."""
+    SILENT = "silent"
+    """Not for the second agent either."""
+
+
 class Termination(StrEnum):
     """Why the run has to leave its allocation."""
 
@@ -184,6 +195,8 @@ class NodeJoined:
     incarnation: Incarnation
     address: str
     workers: int
+    port: int
+    """Where it answers other agents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +232,18 @@ class KeeperVanished:
 
     node: NodeId
     incarnation: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAnswered:
+    """What `node` has found of a silent one; it may come twice, for who answers may end later."""
+
+    node: NodeId
+    suspect: NodeId
+    incarnation: Incarnation
+    """The suspect's."""
+    found: Reach
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,8 +430,18 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
+class AskPeer:
+    """Let `peer` see whether it can reach a silent node."""
+
+    suspect: NodeId
+    incarnation: Incarnation
+    peer: NodeId
+    action: Literal["ask-peer"] = "ask-peer"
+
+
+@dataclass(frozen=True, slots=True)
 class Evict:
-    """Forget the node's incarnation and close its stream; its lease is over."""
+    """Forget the node's incarnation and close its stream: its workers have ended, or its lease is over."""
 
     node: NodeId
     incarnation: Incarnation
@@ -454,7 +489,7 @@ class Conclude:
     action: Literal["conclude"] = "conclude"
 
 
-Action: TypeAlias = Propose | Commit | Evict | SaveAndStop | HaltWorkers | Quarantine | Requeue | Conclude
+Action: TypeAlias = Propose | Commit | AskPeer | Evict | SaveAndStop | HaltWorkers | Quarantine | Requeue | Conclude
 
 Event: TypeAlias = (
     TermBegan
@@ -464,6 +499,7 @@ Event: TypeAlias = (
     | StreamClosed
     | WorkersVanished
     | KeeperVanished
+    | PeerAnswered
     | WorldAcknowledged
     | WorldRefused
     | LeaseRenewed
@@ -509,6 +545,17 @@ class Confirm:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """See whether a node that the leader does not hear answers you."""
+
+    term: Term
+    suspect: NodeId
+    incarnation: Incarnation
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class OrderSave:
     term: Term
     generation: Generation
@@ -530,4 +577,4 @@ class End:
     verdict: Verdict
 
 
-Order: TypeAlias = Prepare | Start | Confirm | OrderSave | Halt | End
+Order: TypeAlias = Prepare | Start | Confirm | Probe | OrderSave | Halt | End

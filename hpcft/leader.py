@@ -16,17 +16,18 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, assert_never
 
 import orjson
 
-from hpcft import cadence, durable, stream, wire
+from hpcft import cadence, durable, stream
 from hpcft.commits import Commits
 from hpcft.errors import HpcftError, UnusableError
 from hpcft.events import (
     Action,
+    AskPeer,
     CheckpointCommitted,
     CheckpointsFound,
     Commit,
@@ -37,16 +38,14 @@ from hpcft.events import (
     Evict,
     Halt,
     HaltWorkers,
-    KeeperVanished,
     LeaseRenewed,
     NodeHeard,
     NodeJoined,
-    NodeReported,
     Order,
     OrderSave,
     Outcome,
     Prepare,
-    Progressed,
+    Probe,
     Propose,
     Quarantine,
     Requeue,
@@ -55,25 +54,18 @@ from hpcft.events import (
     SaveAndStop,
     Start,
     StopAsked,
-    StreamClosed,
     TermBegan,
     Termination,
     TerminationAsked,
     Ticked,
     Verdict,
-    WorkerFailed,
-    WorkerReturned,
-    WorkersReady,
-    WorkerStopped,
-    WorkersVanished,
-    WorldAcknowledged,
-    WorldRefused,
 )
-from hpcft.ids import Generation, Incarnation, NodeId, RunId, Step
+from hpcft.ids import Generation, NodeId, Rank, RunId, Step
 from hpcft.journal import Journal, Replayed
 from hpcft.membership import may_lead
 from hpcft.operators import spooled
 from hpcft.policy import Rules, decide
+from hpcft.reception import Message, Reception, order_message
 from hpcft.renewal import Renewal
 from hpcft.rundir import RunDirectory
 from hpcft.store import Heartbeat, HeartbeatReader, StoreServer
@@ -96,18 +88,6 @@ REPEAT_SECONDS = 2.0
 """An ordered save that came too late for some rank is ordered again, further ahead, after this long."""
 SAVE_LEAD_SECONDS = 0.6
 """An ordered save lies this far ahead, so that every rank has read the order before the step comes."""
-
-FROM_AGENTS = (
-    NodeHeard
-    | WorldAcknowledged
-    | WorldRefused
-    | WorkersReady
-    | Progressed
-    | NodeReported
-    | WorkerFailed
-    | WorkerReturned
-    | WorkerStopped
-)
 
 
 class SteppedDown(Exception):
@@ -170,7 +150,7 @@ class Leader:
         self._clock_base = replayed.clock - time.monotonic()
         self._events: deque[Event] = deque()
         self._feeding = False
-        self._streams: dict[NodeId, stream.Stream] = {}
+        self._reception = Reception(self)
         self._renewal = Renewal(
             office.directory.terms, office.record.term, rules.timing.timeout / 5, self._renewed, self._deposed
         )
@@ -299,12 +279,15 @@ class Leader:
                 self._spawn(self._open_meeting(formation.generation), "meeting")
             case Commit():
                 self._broadcast_start()
-            case Evict(node, _incarnation):
-                gone = self._streams.pop(node, None)
-                if gone is not None:
-                    gone.close()
+            case AskPeer(suspect, incarnation, peer):
+                node = self.world.node(suspect)
+                assert node is not None
+                probe = Probe(self._office.record.term, suspect, incarnation, node.address, node.port)
+                self._reception.tell(peer, order_message(probe))
+            case Evict(name, _incarnation):
+                self._reception.dismiss(name)
                 if self._heartbeats is not None:
-                    self._heartbeats.forget(node)
+                    self._heartbeats.forget(name)
             case SaveAndStop():
                 self._order_save(stop=True)
             case HaltWorkers(generation):
@@ -318,133 +301,60 @@ class Leader:
             case _:
                 assert_never(action)
 
+    def _broadcast(self, order: Order) -> None:
+        self._reception.tell_all(order_message(order))
+
     def _broadcast_start(self) -> None:
         """Once the world has taken effect and its workers have a place to meet: whichever comes last."""
-        for connected in self._streams.values():
-            self._send_start(connected)
+        for message in self._start_messages():
+            self._reception.tell_all(message)
 
-    def _send_start(self, connected: stream.Stream) -> None:
+    def _start_messages(self) -> tuple[Message, ...]:
         formation = self.world.formation
         if formation is None or self.world.phase is not Phase.RUNNING or self._meeting is None:
-            return
+            return ()
         generation, store = self._meeting
-        if generation == formation.generation:
-            host, port = store.address
-            connected.send({"meeting": {"generation": generation, "host": host, "port": port}})
-            connected.send({"order": wire.encode(Start(formation.term, generation))})
+        if generation != formation.generation:
+            return ()
+        host, port = store.address
+        return (
+            {"meeting": {"generation": generation, "host": host, "port": port}},
+            order_message(Start(formation.term, generation)),
+        )
 
-    def _broadcast(self, order: Order) -> None:
-        message = {"order": wire.encode(order)}
-        for connected in self._streams.values():
-            connected.send(message)
-
-    # --- agents ---
+    # --- what is heard (Chair) ---
 
     def admit(self, connected: stream.Stream) -> None:
         """Take over an incoming connection."""
-        self._spawn(self._serve(connected), "stream")
+        self._spawn(self._reception.serve(connected), "stream")
 
-    async def _serve(self, connected: stream.Stream) -> None:
-        hello = connected.hello
-        match hello.get("purpose"):
-            case "agent":
-                await self._serve_agent(connected, hello)
-            case "lifeline":
-                await self._watch_lifeline(connected, hello)
-            case "operator":
-                await self._serve_operator(connected)
-            case _:
-                connected.close()
-
-    async def _serve_agent(self, connected: stream.Stream, hello: Mapping[str, Any]) -> None:
-        joined = NodeJoined(
-            NodeId(str(hello["node"])),
-            Incarnation(str(hello["incarnation"])),
-            str(hello["address"]),
-            int(hello["workers"]),
-        )
-        old = self._streams.get(joined.node)
-        if old is not None:
-            old.close()
-        self._streams[joined.node] = connected
+    def join(self, joined: NodeJoined, say: Callable[[Message], None]) -> None:
         if self._store is not None:
-            self._welcome(connected)
+            say(self._welcome())
         if self._heartbeats is not None:
             self._heartbeats.register(joined.node, joined.incarnation)
         self.feed(joined)
         formation = self.world.formation
         if formation is not None and self.world.phase in (Phase.FORMING, Phase.RUNNING):
             # it may have missed these while its connection was broken; both are harmless when repeated
-            connected.send({"order": wire.encode(Prepare(formation))})
-            self._send_start(connected)
-        try:
-            while True:
-                self._hear(joined, connected, await connected.receive())
-        except stream.StreamClosed as closed:
-            reason = str(closed)
-        except (wire.WireError, KeyError, TypeError, ValueError) as error:
-            reason = f"it sent what is not in the protocol: {error}"
-            log.warning("%s: %s", joined.node, reason)
-            connected.close(reason)
-        if self._streams.get(joined.node) is connected:
-            del self._streams[joined.node]
-            self.feed(StreamClosed(joined.node, joined.incarnation, reason))
+            say(order_message(Prepare(formation)))
+            for message in self._start_messages():
+                say(message)
 
-    def _hear(self, joined: NodeJoined, connected: stream.Stream, message: Mapping[str, Any]) -> None:
-        match message:
-            case {"event": raw}:
-                event = wire.decode_event(raw)
-                if not isinstance(event, FROM_AGENTS) or event.node != joined.node:
-                    raise wire.WireError(f"{type(event).__name__} is not for {joined.node} to say")
-                if isinstance(event, NodeHeard):
-                    self._heard(event)
-                else:
-                    self.feed(event)
-            case {"shard": {"generation": generation, "step": step, "rank": rank, "report": report}}:
-                self._commits.reported(generation, step, rank, report)
-            case {"save_failed": {"generation": generation, "step": step, "rank": rank, "reason": reason}}:
-                self._commits.failed(generation, step, rank, reason)
-            case {"signal": name}:
-                self._signalled(str(name))
-            case _:
-                raise wire.WireError(f"unknown message {sorted(message)}")
-
-    def _heard(self, event: NodeHeard) -> None:
+    def heard(self, event: NodeHeard) -> None:
         node = self.world.node(event.node)
         if node is None or node.incarnation != event.incarnation:
             return
         self.feed(event)
-        connected = self._streams.get(event.node)
-        if connected is not None:
-            order = Confirm(self._office.record.term, event.sequence)
-            connected.send({"order": wire.encode(order)})
+        self._reception.tell(event.node, order_message(Confirm(self._office.record.term, event.sequence)))
 
-    async def _watch_lifeline(self, connected: stream.Stream, hello: Mapping[str, Any]) -> None:
-        """Only an orderly close proves that the last holder is gone; a broken connection proves nothing."""
-        try:
-            await connected.receive()
-        except stream.StreamClosed as closed:
-            if closed.ending is not stream.Ending.EOF:
-                return
-            node, incarnation = NodeId(str(hello["node"])), Incarnation(str(hello["incarnation"]))
-            gone: Event = (
-                KeeperVanished(node, incarnation)
-                if hello.get("line") == "keeper"
-                else WorkersVanished(node, incarnation)
-            )
-            self.feed(gone)
-        else:
-            connected.close()  # nothing is ever said on a lifeline
+    def shard_reported(self, generation: int, step: int, rank: int, report: Any) -> None:
+        self._commits.reported(Generation(generation), Step(step), Rank(rank), report)
 
-    async def _serve_operator(self, connected: stream.Stream) -> None:
-        try:
-            connected.send(self._command(await connected.receive()))
-        except stream.StreamClosed:
-            return
-        finally:
-            connected.close()
+    def save_failed(self, generation: int, step: int, rank: int, reason: Any) -> None:
+        self._commits.failed(Generation(generation), Step(step), Rank(rank), str(reason))
 
-    def _command(self, command: Mapping[str, Any]) -> Mapping[str, Any]:
+    def command(self, command: Message) -> Message:
         match command:
             case {"do": "stop", "by": str(by)}:
                 self.feed(StopAsked(by))
@@ -455,18 +365,22 @@ class Leader:
                 log.warning("unknown operator's command: %s", sorted(command))
                 return {"error": f"unknown command {sorted(command)}"}
 
-    def _welcome(self, connected: stream.Stream) -> None:
+    def signalled(self, name: str) -> None:
+        """Slurm signals all agents at once; the first report of each signal is acted upon."""
+        if name not in self._signals:
+            self._signals.add(name)
+            self._spawn(self._ask_why(name), f"signal-{name}")
+
+    def _welcome(self) -> Message:
         assert self._store is not None
-        connected.send(
-            {
-                "welcome": {
-                    "term": self._office.record.term,
-                    "store_host": self._store.address[0],
-                    "store_port": self._store.address[1],
-                    "kill_wait": self._kill_wait.result() if self._kill_wait.done() else None,
-                }
+        return {
+            "welcome": {
+                "term": self._office.record.term,
+                "store_host": self._store.address[0],
+                "store_port": self._store.address[1],
+                "kill_wait": self._kill_wait.result() if self._kill_wait.done() else None,
             }
-        )
+        }
 
     # --- edges ---
 
@@ -480,11 +394,9 @@ class Leader:
             self._beat,
             interval=self._rules.timing.interval / 2,
         )
-        for node, connected in self._streams.items():
-            known = self.world.node(node)
-            if known is not None:
-                self._heartbeats.register(node, known.incarnation)
-            self._welcome(connected)
+        for node in self.world.nodes:
+            self._heartbeats.register(node.id, node.incarnation)
+        self._reception.tell_all(self._welcome())
 
     async def _open_meeting(self, generation: Generation) -> None:
         """A TCPStore where the workers of one generation meet.
@@ -503,7 +415,7 @@ class Leader:
         self._broadcast_start()
 
     def _beat(self, node: NodeId, beat: Heartbeat) -> None:
-        self._heard(NodeHeard(node, beat.incarnation, beat.generation, beat.sequence))
+        self.heard(NodeHeard(node, beat.incarnation, beat.generation, beat.sequence))
 
     async def _tick(self) -> None:
         timing = self._rules.timing
@@ -569,12 +481,6 @@ class Leader:
         self._save_order = (step, stop)
         self._broadcast(OrderSave(self._office.record.term, formation.generation, step, stop))
 
-    def _signalled(self, name: str) -> None:
-        """Slurm signals all agents at once; the first report of each signal is acted upon."""
-        if name not in self._signals:
-            self._signals.add(name)
-            self._spawn(self._ask_why(name), f"signal-{name}")
-
     async def _ask_why(self, name: str) -> None:
         if name == "USR1":
             left = await self._control.seconds_left()
@@ -636,7 +542,7 @@ class Leader:
         while True:
             await asyncio.to_thread(self._publish_status)
             for command in await asyncio.to_thread(lambda: list(spooled(self._office.directory.spool))):
-                self._command(command)
+                self.command(command)
             await asyncio.sleep(STATUS_SECONDS)
 
     def _publish_status(self) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
-from hpcft.events import Confirm, End, Formation, Halt, Member, Order, OrderSave, Prepare, Start, Verdict
+from hpcft.events import Confirm, End, Formation, Halt, Member, Order, OrderSave, Prepare, Probe, Start, Verdict
 from hpcft.ids import Generation, Incarnation, NodeId, Step, Term
 
 
@@ -93,6 +93,13 @@ class SaveAt:
 
 
 @dataclass(frozen=True, slots=True)
+class LookAt:
+    """See whether the suspect answers, and tell the leader."""
+
+    probe: Probe
+
+
+@dataclass(frozen=True, slots=True)
 class Fence:
     """The lease is over: kill, and end this incarnation."""
 
@@ -107,7 +114,7 @@ class Retire:
 
 
 Effect: TypeAlias = (
-    KillWorkers | StopWorkers | StartWorkers | Acknowledge | Refuse | ExtendLease | SaveAt | Fence | Retire
+    KillWorkers | StopWorkers | StartWorkers | Acknowledge | Refuse | ExtendLease | SaveAt | LookAt | Fence | Retire
 )
 
 
@@ -161,6 +168,8 @@ class Membership:
                 confirmed, effects = self._confirm(term, sequence)
                 started, more = confirmed._start(now)
                 return started, (*effects, *more)
+            case Probe(term):
+                return self, (LookAt(order),) if term >= self.term else ()
             case OrderSave(term, generation, step, stop):
                 return self, (SaveAt(step, stop),) if self._runs(term, generation) else ()
             case Halt(term, generation):

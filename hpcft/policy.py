@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from hpcft.errors import ExitCode
 from hpcft.events import (
     Action,
+    AskPeer,
     CheckpointDamaged,
     CheckpointKept,
     CheckpointRef,
@@ -35,6 +36,7 @@ from hpcft.events import (
     Outcome,
     Propose,
     Quarantine,
+    Reach,
     Requeue,
     SaveAndStop,
     Termination,
@@ -86,6 +88,9 @@ def decide(world: World, rules: Rules, now: float) -> Decided:
         return Decided(actions, "; ".join(why for _, why in gone))
     if world.requeue_asked:
         return _after_requeue(world)
+    inquiry = _inquire(world, rules, now)
+    if inquiry.actions:
+        return inquiry
     finished = _finish(world, rules)
     if finished.actions:
         return finished  # nothing is left to do, whoever asks for what
@@ -134,9 +139,43 @@ def _gone(world: World, rules: Rules, now: float) -> list[tuple[Node, str]]:
             if now - node.gone_at >= rules.rejoin_timeout:
                 why = f"its agent ended and did not come back in {human_duration(rules.rejoin_timeout)}"
                 gone.append((node, f"{node.id} is lost: {why}"))
+        elif node.answer is not None and node.answer.found is Reach.ENDED:
+            gone.append((node, f"{node.id} is lost: it has told {node.answer.node} that its workers have ended"))
         elif quiet >= rules.timing.timeout:
-            gone.append((node, f"{node.id} is lost: no heartbeat for {human_duration(quiet)}, so its lease is over"))
+            why = f"no heartbeat for {human_duration(quiet)}, so its lease is over"
+            gone.append((node, f"{node.id} is lost: {why}{_second_opinion(node)}"))
     return gone
+
+
+def _second_opinion(node: Node) -> str:
+    """What helps whoever has to mend it: node, or way."""
+    if node.answer is None:
+        return f" ({node.asked} was asked about it, and has not answered)" if node.asked else ""
+    if node.answer.found is Reach.ANSWERS:
+        return f" (it answers {node.answer.node}: the way between it and the leader is broken)"
+    return f" ({node.answer.node} does not reach it either: {node.answer.detail})"
+
+
+def _inquire(world: World, rules: Rules, now: float) -> Decided:
+    """Ask a second agent about each silent node, once for each silence."""
+    silent = [
+        node
+        for node in world.nodes
+        if silence(node, now) >= rules.timing.suspect and not node.asked and not node.workers_gone
+    ]
+    if not silent:
+        return NOTHING
+    dubious = {node.id for node in suspects(world, rules, now)}
+    # not the leader's own agent: what stands in the leader's way stands in its way, too
+    peers = [node.id for node in world.nodes if node.id not in dubious and node.id != world.leader]
+    if not peers:
+        return NOTHING
+    actions, words = [], []
+    for number, node in enumerate(silent):
+        peer = peers[number % len(peers)]
+        actions.append(AskPeer(node.id, node.incarnation, peer))
+        words.append(f"{node.id} has been silent for {human_duration(silence(node, now))}: {peer} is asked about it")
+    return Decided(tuple(actions), "; ".join(words))
 
 
 def _gather(world: World, rules: Rules, now: float) -> Decided:

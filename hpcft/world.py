@@ -22,10 +22,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Final, assert_never
+from typing import Any, Final, assert_never
 
 from hpcft.events import (
     Action,
+    AskPeer,
     CheckpointCommitted,
     CheckpointDamaged,
     CheckpointFailed,
@@ -47,6 +48,7 @@ from hpcft.events import (
     NodeHeard,
     NodeJoined,
     NodeReported,
+    PeerAnswered,
     Progressed,
     Propose,
     Quarantine,
@@ -115,12 +117,16 @@ class Node:
     incarnation: Incarnation
     address: str
     workers: int
+    port: int
     heard_at: float
     connected: bool = True
     workers_gone: bool = False
     keeper_gone: bool = False
     gone_at: float = 0.0
     """When the stream or the lifeline closed, if it did."""
+    asked: NodeId = NodeId("")
+    """Who was asked about it since it was last heard."""
+    answer: PeerAnswered | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,13 +314,12 @@ def apply(world: World, event: Event, now: float) -> World:
         case NodeJoined():
             return _join(world, event, now)
         case NodeHeard():
-            return _update_node(world, event.node, event.incarnation, heard_at=now)
-        case StreamClosed():
-            return _update_node(world, event.node, event.incarnation, connected=False, gone_at=now)
-        case WorkersVanished():
-            return _update_node(world, event.node, event.incarnation, workers_gone=True, gone_at=now)
-        case KeeperVanished():
-            return _update_node(world, event.node, event.incarnation, keeper_gone=True, gone_at=now)
+            # what others said of it while it was silent is of no interest any more
+            return _change_node(world, event.node, event.incarnation, heard_at=now, asked=NodeId(""), answer=None)
+        case StreamClosed() | WorkersVanished() | KeeperVanished():
+            return _lose_touch(world, event, now)
+        case PeerAnswered():
+            return _change_node(world, event.suspect, event.incarnation, answer=event)
         case WorldAcknowledged():
             return _acknowledge(world, event)
         case WorldRefused():
@@ -413,7 +418,7 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
 
 
 def _join(world: World, event: NodeJoined, now: float) -> World:
-    node = Node(event.node, event.incarnation, event.address, event.workers, heard_at=now)
+    node = Node(event.node, event.incarnation, event.address, event.workers, event.port, heard_at=now)
     old = world.node(event.node)
     if old is not None and old.incarnation != event.incarnation:
         world = _remove(world, old, f"{old.id}: its agent was restarted", now, cause="agent restarted")
@@ -421,29 +426,28 @@ def _join(world: World, event: NodeJoined, now: float) -> World:
     return replace(world, nodes=tuple(sorted((*others, node), key=lambda known: known.id)))
 
 
-def _update_node(
-    world: World,
-    node: NodeId,
-    incarnation: Incarnation,
-    *,
-    heard_at: float | None = None,
-    connected: bool | None = None,
-    workers_gone: bool | None = None,
-    keeper_gone: bool | None = None,
-    gone_at: float | None = None,
-) -> World:
+def _change_node(world: World, node: NodeId, incarnation: Incarnation, **changes: Any) -> World:
+    """What is said of an incarnation that is no longer in office changes nothing."""
     known = world.node(node)
     if known is None or known.incarnation != incarnation:
         return world
-    changed = replace(
-        known,
-        heard_at=known.heard_at if heard_at is None else heard_at,
-        connected=known.connected if connected is None else connected,
-        workers_gone=known.workers_gone if workers_gone is None else workers_gone,
-        keeper_gone=known.keeper_gone if keeper_gone is None else keeper_gone,
-        gone_at=gone_at if gone_at is not None and not known.gone_at else known.gone_at,
-    )
+    changed = replace(known, **changes)
     return replace(world, nodes=tuple(changed if each is known else each for each in world.nodes))
+
+
+def _lose_touch(world: World, event: StreamClosed | WorkersVanished | KeeperVanished, now: float) -> World:
+    """A line to the node has closed; since when it may be gone is told by the first that did."""
+    known = world.node(event.node)
+    since = known.gone_at if known is not None and known.gone_at else now
+    match event:
+        case StreamClosed():
+            return _change_node(world, event.node, event.incarnation, connected=False, gone_at=since)
+        case WorkersVanished():
+            return _change_node(world, event.node, event.incarnation, workers_gone=True, gone_at=since)
+        case KeeperVanished():
+            return _change_node(world, event.node, event.incarnation, keeper_gone=True, gone_at=since)
+        case _:
+            assert_never(event)
 
 
 def _remove(world: World, node: Node, why: str, now: float, cause: str = "node lost") -> World:
@@ -679,7 +683,7 @@ def _close_generation(world: World, kept: Step, now: float) -> World:
 def _carry_out(world: World, decided: Decided, now: float) -> World:
     world = replace(world, last_reason=decided.reason)
     incident = world.open_incident
-    settles = any(not isinstance(action, Evict | Quarantine) for action in decided.actions)
+    settles = any(not isinstance(action, AskPeer | Evict | Quarantine) for action in decided.actions)
     if incident is not None and not incident.decision and settles:
         world = replace(world, incidents=(*world.incidents[:-1], replace(incident, decision=decided.reason)))
     for action in decided.actions:
@@ -716,6 +720,8 @@ def _carry_out(world: World, decided: Decided, now: float) -> World:
             case Commit():
                 members = world.formation.members if world.formation is not None else ()
                 world = replace(world, previous=members, previous_term=world.term)
+            case AskPeer():
+                world = _change_node(world, action.suspect, action.incarnation, asked=action.peer)
             case Evict():
                 node = world.node(action.node)
                 if node is not None and node.incarnation == action.incarnation:

@@ -13,7 +13,10 @@ from hpcft.events import (
     FailureKind,
     Formation,
     NodeHeard,
+    PeerAnswered,
+    Probe,
     Progressed,
+    Reach,
     WorkerFailed,
     WorkerReturned,
     WorkersReady,
@@ -28,6 +31,7 @@ from hpcft.membership import (
     ExtendLease,
     Fence,
     KillWorkers,
+    LookAt,
     Membership,
     Refuse,
     Retire,
@@ -50,6 +54,7 @@ TICK_SECONDS = 0.25
 SEEK_SECONDS = 0.5
 FIRST_CLAIM_TURN_SECONDS = 10.0
 DIAL_SECONDS = 5.0
+PROBE_SECONDS = 1.5
 
 
 class Link:
@@ -76,6 +81,8 @@ class SimulatedAgent(Process):
         """One; several only where succession is rehearsed."""
         self.dialling: set[Term] = set()
         self.leader: SimulatedLeader | None = None
+        self.inquiries: list[tuple[End, Connection]] = []
+        """Of peers that ask for the leader."""
         self.confirmed_at = 0.0
         self.news: list[Event | Shard] = []
         """What was said of the current crew: repeated whenever a leader is joined."""
@@ -242,8 +249,12 @@ class SimulatedAgent(Process):
                 case SaveAt(step, stop):
                     if machine.crew is not None:
                         machine.crew.save_at = (step, stop)
+                case LookAt(probe):
+                    self._look_at(probe)
                 case Fence(reason):
                     machine.kill_crew()
+                    for end, connection in self.inquiries:
+                        connection.send(end, Reach.ENDED)
                     self.cluster.end_agent(self, reason)
                 case Retire():
                     machine.kill_crew()
@@ -251,6 +262,31 @@ class SimulatedAgent(Process):
                     self.cluster.end_agent(self, "retired")
                 case _:
                     assert_never(effect)
+
+    def _look_at(self, probe: Probe) -> None:
+        network, machine = self.cluster.network, self.machine
+        suspect = self.cluster.machines[probe.suspect]
+
+        def answering() -> SimulatedAgent | None:
+            agent = suspect.agent
+            if agent is None or not agent.runs or agent.incarnation != probe.incarnation or not suspect.powered:
+                return None
+            return agent if network.reachable(machine.name, probe.suspect) else None
+
+        def say(found: Reach) -> None:
+            self.say(PeerAnswered(machine.name, probe.suspect, probe.incarnation, found, "no answer"))
+
+        def connect() -> None:
+            agent = answering()
+            if agent is None:
+                say(Reach.SILENT)
+                return
+            here, there = End(self, say, lambda reason: None), End(agent, lambda message: None, lambda reason: None)
+            connection = Connection(network, here, there)
+            agent.inquiries.append((there, connection))
+            connection.send(there, Reach.ANSWERS)
+
+        self.timer(PROBE_SECONDS if answering() is None else 2 * network.delay(), connect)
 
     def _vote(self, term: Term, generation: Generation) -> None:
         if generation < self._voted[1] or (generation == self._voted[1] and term != self._voted[0]):

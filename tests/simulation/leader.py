@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from hpcft import cadence, events, policy, wire
 from hpcft.events import (
     Action,
+    AskPeer,
     CheckpointCommitted,
     CheckpointDamaged,
     CheckpointFailed,
@@ -27,6 +28,7 @@ from hpcft.events import (
     NodeJoined,
     OrderSave,
     Prepare,
+    Probe,
     Propose,
     Quarantine,
     Requeue,
@@ -191,6 +193,10 @@ class SimulatedLeader:
                 self._broadcast(Prepare(formation))
             case Commit(generation):
                 self._broadcast(Start(self.record.term, generation))
+            case AskPeer(suspect, incarnation, peer):
+                stream = self.streams.get(peer)
+                if stream is not None:
+                    self._send(stream, Probe(self.record.term, suspect, incarnation, "", 0))
             case Evict(node, incarnation):
                 self.cluster.evicted(self, node, incarnation)
                 stream = self.streams.pop(node, None)
@@ -223,7 +229,7 @@ class SimulatedLeader:
     # --- agents ---
 
     def accept(self, client: End, agent: SimulatedAgent) -> Connection:
-        joined = NodeJoined(agent.machine.name, agent.incarnation, "", agent.machine.workers)
+        joined = NodeJoined(agent.machine.name, agent.incarnation, "", agent.machine.workers, 0)
         server = End(self.agent, lambda message: self._hear(connection, joined, message), lambda reason: lost(reason))
         connection = Connection(self.cluster.network, client, server)
 

@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from hpcft import policy
-from hpcft.events import Formation
+from hpcft.events import Formation, Reach
 from hpcft.membership import Effect, KillWorkers, Membership, takes_effect
 from hpcft.policy import Rules, silence
 from hpcft.world import Node, World
@@ -115,12 +115,26 @@ def evicts_at_once() -> Iterator[Core]:
         yield Core()
 
 
+@contextmanager
+def believes_the_dead() -> Iterator[Core]:
+    """A node that a second agent does not reach either is evicted at once, as if it could not train there."""
+    gone = policy._gone
+
+    def hasty(world: World, rules: Rules, now: float) -> list[tuple[Node, str]]:
+        unreached = [node for node in world.nodes if node.answer is not None and node.answer.found is Reach.SILENT]
+        return [(node, "nobody reaches it") for node in unreached] or gone(world, rules, now)
+
+    with patch.object(policy, "_gone", hasty):
+        yield Core()
+
+
 MUTANTS = {
     "double vote": votes_twice,
     "missing acknowledgement": missing_acknowledgement,
     "acknowledgement before the workers are gone": acknowledges_early,
     "no acknowledgement of nodes left out": forgets_those_left_out,
     "no self-fencing": no_self_fencing,
+    "silence for two is taken for death": believes_the_dead,
     "eviction before the lease is over": evicts_at_once,
     "no waiting for an earlier leader's leases": no_waiting_for_old_leases,
 }

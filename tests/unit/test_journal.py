@@ -82,7 +82,7 @@ def known(world: World) -> World:
 
 
 async def test_replayed_world_is_the_one_that_was_left(tmp_path: Path) -> None:
-    events: list[tuple[float, Event]] = [(0.0, begin(1)), (0.1, NodeJoined(A, Incarnation("a1"), "10.0.0.1", 1))]
+    events: list[tuple[float, Event]] = [(0.0, begin(1)), (0.1, NodeJoined(A, Incarnation("a1"), "10.0.0.1", 1, 7000))]
     events += [(1.0, each) for each in form(1)]
     events += [(2.0 + step / 10, each) for step in range(1, 200) for each in at_step(1, step)]
     events += [(23.0, CheckpointCommitted(CheckpointRef(Step(150), Generation(1)), 0.5, 10)), (23.5, Ticked())]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hpcft.errors import ExitCode
 from hpcft.events import (
     Action,
+    AskPeer,
     CheckpointCommitted,
     CheckpointFailed,
     CheckpointRef,
@@ -24,7 +25,9 @@ from hpcft.events import (
     LeaseRenewed,
     NodeHeard,
     Outcome,
+    PeerAnswered,
     Propose,
+    Reach,
     Requeue,
     RequeueAccepted,
     SaveAndStop,
@@ -101,8 +104,57 @@ def test_the_same_picture_leads_to_the_same_decision() -> None:
 
 def test_the_lost_are_evicted_when_their_lease_is_over_and_not_before() -> None:
     world = heard(training("abc"), 20.0, "b")  # b was heard at 0.0 for the last time
+    world = happen(world, decide(world, RULES, 2.0))
     assert decide(world, RULES, 4.9) == NOTHING
     assert only(decide(world, RULES, 5.0)) == Evict(node("b"), life("b"))
+
+
+def silent(names: str, who: str) -> World:
+    """At 10.0, and they were heard at 8.0."""
+    return heard(heard(training(names), 8.0), 10.0, *who)
+
+
+def test_a_second_agent_is_asked_about_a_silent_node_once() -> None:
+    world = silent("abcd", "c")
+    assert decide(world, RULES, 9.9) == NOTHING
+    asked = decide(world, RULES, 10.0)
+    assert only(asked) == AskPeer(node("c"), life("c"), node("b"))
+    assert asked.reason == "c has been silent for 2s: b is asked about it"
+    world = happen(world, asked, now=10.0)
+    assert decide(world, RULES, 10.5) == NOTHING
+    again = heard(heard(world, 11.0), 13.0, "c")
+    assert only(decide(again, RULES, 13.0)) == AskPeer(node("c"), life("c"), node("b")), "another silence"
+
+
+def test_neither_the_leader_nor_a_silent_node_is_a_second_agent() -> None:
+    assert decide(silent("ab", "b"), RULES, 10.0) == NOTHING
+    assert decide(silent("abc", "bc"), RULES, 10.0) == NOTHING
+    asked = decide(silent("abcde", "bc"), RULES, 10.0)
+    assert asked.actions == (
+        AskPeer(node("b"), life("b"), node("d")),
+        AskPeer(node("c"), life("c"), node("e")),
+    )
+
+
+def test_what_the_second_agent_says_counts_when_it_is_certain() -> None:
+    world = silent("abc", "c")
+    world = happen(world, decide(world, RULES, 10.0), now=10.0)
+
+    def answer(found: Reach, number: int = 1) -> World:
+        return happen(world, PeerAnswered(node("b"), node("c"), life("c", number), found, "no route"), now=10.5)
+
+    assert decide(answer(Reach.SILENT), RULES, 12.9) == NOTHING
+    assert decide(answer(Reach.ANSWERS), RULES, 12.9) == NOTHING
+    assert decide(answer(Reach.ENDED, number=2), RULES, 12.9) == NOTHING, "said of another life"
+    ended = decide(answer(Reach.ENDED), RULES, 10.5)
+    assert only(ended) == Evict(node("c"), life("c"))
+    assert ended.reason == "c is lost: it has told b that its workers have ended"
+    late = {found: decide(answer(found), RULES, 13.0).reason for found in (Reach.SILENT, Reach.ANSWERS)}
+    assert late == {
+        Reach.SILENT: "c is lost: no heartbeat for 5s, so its lease is over (b does not reach it either: no route)",
+        Reach.ANSWERS: "c is lost: no heartbeat for 5s, so its lease is over "
+        "(it answers b: the way between it and the leader is broken)",
+    }
 
 
 def test_a_node_without_workers_is_waited_for_as_long_as_its_keeper_lives() -> None:
@@ -146,7 +198,7 @@ def test_former_members_keep_their_order_and_newcomers_follow() -> None:
 
 @given(st.lists(st.integers(1, 8), max_size=8), st.integers(1, 8))
 def test_ranks_are_a_bijection_onto_whole_groups(workers: list[int], multiple: int) -> None:
-    nodes = tuple(Node(NodeId(f"n{i}"), life("n"), "", count, 0.0) for i, count in enumerate(workers))
+    nodes = tuple(Node(NodeId(f"n{i}"), life("n"), "", count, 7000, 0.0) for i, count in enumerate(workers))
     assigned = assign(nodes, multiple)
     ranks = [rank for member in assigned for rank in member.ranks()]
     assert ranks == list(range(len(ranks)))

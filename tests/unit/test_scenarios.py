@@ -104,7 +104,7 @@ class Stage:
         if again:
             self.lives[node] = self.lives.get(node, 1) + 1
         self.silent.discard(node)
-        self.feed(ev.NodeJoined(NodeId(node), self.life(node), "10.0.0.1", int(workers)))
+        self.feed(ev.NodeJoined(NodeId(node), self.life(node), "10.0.0.1", int(workers), 7000))
 
     def acknowledges(self, who: str) -> None:
         for node in [known.id for known in self.world.nodes] if who == "all" else [NodeId(who)]:
@@ -124,6 +124,9 @@ class Stage:
         failure = ev.Failure(kind, what, Step(int(step)), where)
         of = Generation(int(generation)) if generation else self.generation
         self.feed(ev.WorkerFailed(NodeId(node), self.life(node), of, Rank(int(rank)), failure))
+
+    def finds(self, peer: str, suspect: str, found: str, detail: str = "") -> None:
+        self.feed(ev.PeerAnswered(NodeId(peer), NodeId(suspect), self.life(suspect), ev.Reach(found), detail))
 
     def ends(self, who: str, how: str, step: str) -> None:
         assert self.world.formation is not None
@@ -203,6 +206,8 @@ EVENTS: list[tuple[str, Callable[..., None]]] = [
         rf"{NODE} disconnects",
         lambda s, node: s.feed(ev.StreamClosed(NodeId(node), s.life(node), "connection reset")),
     ),
+    (rf"{NODE} finds that {NODE} (answers|ended)", Stage.finds),
+    (rf"{NODE} does not reach {NODE}: (.+)", lambda s, peer, node, why: s.finds(peer, node, "silent", why)),
     (rf"no worker of {NODE} is left", lambda s, node: s.feed(ev.WorkersVanished(NodeId(node), s.life(node)))),
     (rf"the keeper of {NODE} is gone", lambda s, node: s.feed(ev.KeeperVanished(NodeId(node), s.life(node)))),
     (rf"the checkpoint of step {NUMBER} is committed", committed),

@@ -100,7 +100,7 @@ class Scene:
 
     def join(self, *nodes: NodeId) -> Scene:
         return self.see(
-            *(NodeJoined(node, _life(node), "10.0.0.1", self.workers) for node in nodes or self.nodes), after=0.5
+            *(NodeJoined(node, _life(node), "10.0.0.1", self.workers, 7000) for node in nodes or self.nodes), after=0.5
         )
 
     def acknowledge(self) -> Scene:
@@ -309,7 +309,7 @@ def test_a_restarted_agent_is_the_cause_not_the_collectives_that_broke_with_it(t
     scene = Scene().training(50).commit(40)
     node1, node2 = scene.nodes
     scene.see(WorkerFailed(node1, _life(node1), scene.generation, Rank(0), echo), after=0.01)
-    scene.see(NodeJoined(node2, Incarnation("another-life"), "10.0.0.2", 2), after=0.2)
+    scene.see(NodeJoined(node2, Incarnation("another-life"), "10.0.0.2", 2, 7000), after=0.2)
     found, _ = scene.see(Ticked(), after=1.5).shown(tmp_path)
     assert found["state"] == "recovering"
     assert "node2" in found["incidents"][0]["reason"]

@@ -36,7 +36,7 @@ def began(names: str = "ab", term: int = 1, allocation: str = "7.0", *, takeover
 
 
 def joined(name: str, workers: int = 2, number: int = 1) -> NodeJoined:
-    return NodeJoined(NodeId(name), life(name, number), "10.0.0.1", workers)
+    return NodeJoined(NodeId(name), life(name, number), "10.0.0.1", workers, 7000)
 
 
 def formation(names: str, generation: int, restore: CheckpointRef | None = None, term: int = 1) -> Formation:
