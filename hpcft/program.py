@@ -32,8 +32,7 @@ import orjson
 from hpcft.page import NodePage
 from hpcft.process import die_with_parent
 from hpcft.worker.report import report_exception
-
-SPEC_VARIABLE = "HPCFT_WORKER_SPEC"
+from hpcft.worker.spec import SPEC_VARIABLE
 
 RESET_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Ignored or handled by the pool; back to their defaults in a worker, but for those of `deaf_to`."""

@@ -32,15 +32,10 @@ from hpcft.events import (
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step
 from hpcft.page import NodePage
 from hpcft.units import EverySteps
+from hpcft.worker.spec import STATUS_DAMAGED, STATUS_FENCED, STATUS_STOPPED, STATUS_UNREADABLE
 from hpcft.workers import NOT_STARTED, WorkerEvent, WorkerExited, WorkerSaid, WorkerSpawned
 
 log = logging.getLogger("hpcft.ranks")
-
-STATUS_FENCED = 113
-STATUS_DAMAGED = 114
-STATUS_STOPPED = 115
-STATUS_UNREADABLE = 116
-"""Exit statuses of a worker that say something else than that its program failed."""
 
 
 @dataclass(frozen=True, slots=True)

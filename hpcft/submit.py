@@ -20,17 +20,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcft.errors import ExitCode, HpcftError, NotFoundError, UnusableError, UsageError
+from hpcft.errors import BelowMinimumError, NotFoundError, UnusableError, UsageError
 from hpcft.ids import Step
 
 if TYPE_CHECKING:
     from hpcft.config import Config
 
 SCRIPT = Path(__file__).parent / "slurm" / "train.sbatch"
-
-
-class BelowMinimumError(HpcftError):
-    exit_code = ExitCode.BELOW_MINIMUM
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,6 @@ forked, so that data sets need no pickling and share what they have read.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import random
 import signal
 import traceback
@@ -35,8 +33,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from hpcft.data import order
 from hpcft.errors import ExitCode, HpcftError
+from hpcft.process import die_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _NOTICES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -145,9 +143,7 @@ def _randomness_kept() -> Iterator[None]:
 
 def enter_loader(parent: int, _number: int) -> None:
     """Runs first in every loader process."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
+    die_with_parent(parent)
     for notice in _NOTICES:
         signal.signal(notice, _unheeded)  # not SIG_IGN: programs started by a data set would inherit that
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOTICES)

@@ -24,7 +24,7 @@ STATUS_FENCED = 113
 STATUS_DAMAGED = 114
 STATUS_STOPPED = 115
 STATUS_UNREADABLE = 116
-"""Exit statuses of a worker; 0: the training function has returned."""
+"""Exit statuses of a worker, which the agent reads too; 0: the training function has returned."""
 
 
 class SpecError(HpcftError):
