@@ -1,9 +1,9 @@
 """`hpcft submit`: everything that can be checked before the queue is checked, then the batch script goes to sbatch.
 
-The script is the one at the top of the repository, `slurm/train.sbatch`; the package carries it too (a link in the
-repository, a copy once installed), so that a single file on a cluster has it. Nothing is written into it: what the
-configuration has to say goes onto sbatch's command line, where it wins over the script's `#SBATCH` lines, and what
-the user gives after `--` comes last and wins over both. The script's arguments are those of `hpcft agent`.
+The script is the one at the top of the repository, `slurm/train.sbatch`; the package carries a copy of it (a test
+compares the two), so that a single file on a cluster has it. Nothing is written into it: what the configuration has to
+say goes onto sbatch's command line, where it wins over the script's `#SBATCH` lines, and what the user gives after `--`
+comes last and wins over both. The script's arguments are those of `hpcft agent`.
 """
 
 from __future__ import annotations
