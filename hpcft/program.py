@@ -32,7 +32,7 @@ import orjson
 from hpcft.page import NodePage
 from hpcft.process import die_with_parent
 from hpcft.worker.report import report_exception
-from hpcft.worker.spec import SPEC_VARIABLE
+from hpcft.worker.spec import SPEC_VARIABLE, hold_spec
 
 RESET_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Ignored or handled by the pool; back to their defaults in a worker, but for those of `deaf_to`."""
@@ -70,7 +70,6 @@ def environment(inherited: Mapping[str, str], spec: Mapping[str, Any]) -> dict[s
         # All devices stay visible, and LOCAL_RANK chooses, as under torchrun: peers on the node need to see each
         # other's devices for peer-to-peer copies. NVML and Slurm count in PCI order, so CUDA has to.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        SPEC_VARIABLE: orjson.dumps(dict(spec)).decode(),
     }
     return variables
 
@@ -150,15 +149,21 @@ def deaf_to(spec: Mapping[str, Any]) -> frozenset[signal.Signals]:
 
 def exec_program(spec: Mapping[str, Any], variables: Mapping[str, str]) -> NoReturn:
     """Replace this process by the user's command, or by an interpreter that imports everything anew."""
-    for name in ("page_fd", "control_fd", "lifeline_fd"):
-        if spec.get(name) is not None:
-            os.set_inheritable(spec[name], True)
+    _hand_on(spec, True)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec would hand that on
         signal.signal(number, signal.SIG_DFL)
+    told = {**variables, SPEC_VARIABLE: orjson.dumps(dict(spec)).decode()}
     command = spec["program"].get("command")
     if command is None:
-        os.execve(sys.executable, [sys.executable, "-P", "-m", "hpcft.program"], dict(variables))
-    os.execvpe(command[0], [*command, *spec.get("args", ())], dict(variables))
+        os.execve(sys.executable, [sys.executable, "-P", "-m", "hpcft.program"], told)
+    os.execvpe(command[0], [*command, *spec.get("args", ())], told)
+
+
+def _hand_on(spec: Mapping[str, Any], inheritable: bool) -> None:
+    """Whether the worker's own descriptors pass through an exec."""
+    for name in ("page_fd", "control_fd", "lifeline_fd"):
+        if spec.get(name) is not None:
+            os.set_inheritable(spec[name], inheritable)
 
 
 def run_program(spec: Mapping[str, Any]) -> int:
@@ -166,6 +171,7 @@ def run_program(spec: Mapping[str, Any]) -> int:
 
     An exception that leaves the program is printed by `sys.excepthook` and reported over the control channel.
     """
+    hold_spec(spec)
     program = spec["program"]
     arguments = [str(argument) for argument in spec.get("args", ())]
     try:
@@ -254,7 +260,8 @@ _OURS = (__file__, "<frozen runpy>", runpy.__file__)
 
 def main() -> int:
     """Entry of an exec'd worker (`python -P -m hpcft.program`): the specification comes by environment."""
-    spec = orjson.loads(os.environ[SPEC_VARIABLE])
+    spec = orjson.loads(os.environ.pop(SPEC_VARIABLE))
+    _hand_on(spec, False)
     bind_children()
     return run_program(spec)
 

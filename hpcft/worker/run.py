@@ -53,7 +53,6 @@ from hpcft.worker.replicas import Replica
 from hpcft.worker.restoring import put_back
 from hpcft.worker.saving import Saving, named
 from hpcft.worker.spec import (
-    SPEC_VARIABLE,
     STATUS_DAMAGED,
     STATUS_FAILED,
     STATUS_STOPPED,
@@ -423,8 +422,6 @@ def main(train: Callable[[Run], object]) -> None:
     """
     global _entered
     spec = take_spec(os.environ)
-    # Programs started by this one are not this worker.
-    os.environ.pop(SPEC_VARIABLE, None)
     if spec.alone and _entered:
         raise UsageError("hpcft.main was called twice", "a run has one training function, called once per process")
     if not spec.alone:

@@ -1,13 +1,15 @@
 """What a worker is told at its start, and how it ends: its side of the contract with agent and pool.
 
-The specification is JSON in the environment, whether the worker was forked from the warm pool or exec'd. Keys that
-are not known here belong to others (the pool reads which program to run), or to a newer agent.
+The specification is JSON. A forked worker has it in memory. An exec'd one finds it in its environment and takes it out
+before its program begins: what that starts, data loaders and other programs, must not take itself for this worker. A
+plain command gets it in its environment, too, since a wrapper may stand before a program that calls `hpcft.main`. Keys
+that are not known here belong to others (the pool reads which program to run), or to a newer agent.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,17 +115,29 @@ class WorkerSpec:
             ) from error
 
 
-def take_spec(environment: Mapping[str, str]) -> WorkerSpec:
-    """The specification in `environment`, or that of a process that trains alone.
+_held: tuple[int, bytes] | None = None
+"""The process that was told, and what."""
+
+
+def hold_spec(spec: Mapping[str, Any]) -> None:
+    """Keep the specification in memory, for `take_spec` in this process, and not in those that it forks."""
+    global _held
+    _held = os.getpid(), orjson.dumps(dict(spec))
+
+
+def take_spec(environment: MutableMapping[str, str]) -> WorkerSpec:
+    """What this process was told, taken from memory or from `environment`; else that of a process that trains alone.
 
     UsageError: another launcher has started this as one of several.
     """
-    text = environment.get(SPEC_VARIABLE)
+    global _held
+    text = _held[1] if _held is not None and _held[0] == os.getpid() else environment.pop(SPEC_VARIABLE, None)
+    _held = None
     if text is not None:
         spec = WorkerSpec.parse(text)
         for descriptor in (spec.page_fd, spec.control_fd):
             if descriptor is not None:
-                os.set_inheritable(descriptor, False)  # an exec'd worker got them inheritable; its children must not
+                os.set_inheritable(descriptor, False)  # a command got them inheritable; its children must not
         return spec
     others = environment.get("WORLD_SIZE", "1")
     if others != "1":

@@ -401,7 +401,7 @@ print(json.dumps(out))
     first, second = results
     assert {name: second["env"].get(name) for name in sorted(TORCHRUN)} == TORCHRUN
     assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in second["env"], "the pool's own settings are not the program's"
-    assert json.loads(second["env"]["HPCFT_WORKER_SPEC"])["rank"] == 1
+    assert "HPCFT_WORKER_SPEC" not in second["env"]
     assert second["argv"] == [str(tmp_path / "program.py"), "--lr", "0.1"]
     assert (second["path"], second["name"]) == (str(tmp_path), "__main__")
     assert second["sid"]
@@ -414,6 +414,42 @@ print(json.dumps(out))
     assert sum("hpcft-page" in target for target in second["fds"].values()) in (1, 2)
     for one, another in zip(first["random"], second["random"], strict=True):
         assert one != another, "forks must not share random state"
+
+
+CHILDREN = """
+import multiprocessing, os, subprocess, sys
+from hpcft.errors import UsageError
+from hpcft.worker.spec import take_spec
+
+ENTRY = "import os; from hpcft.worker.spec import take_spec; take_spec(os.environ)"
+TOLD = "HPCFT_WORKER_SPEC"
+
+def load(said):
+    try:
+        take_spec(os.environ)
+    except UsageError:
+        said.put((TOLD in os.environ, "no worker"))
+
+if __name__ == "__main__":
+    started = subprocess.run([sys.executable, "-c", ENTRY], capture_output=True, text=True)
+    print("program", started.returncode, "UsageError" in started.stderr)
+    for way in ("fork", "spawn"):
+        context = multiprocessing.get_context(way)
+        said = context.Queue()
+        loader = context.Process(target=load, args=(said,))
+        loader.start()
+        print(way, *said.get(timeout=60))
+        loader.join()
+    print("itself", TOLD in os.environ, take_spec(os.environ).rank)
+"""
+CHILDREN_SAY = ("program 1 True", "fork False no worker", "spawn False no worker", "itself False 1")
+
+
+async def test_what_a_worker_starts_does_not_take_itself_for_a_worker(node: Node, tmp_path: Path) -> None:
+    told = {**spec(script(tmp_path, CHILDREN), rank=1), "address": "127.0.0.1", "train": {}}
+    node.workers.start("w", told)
+    exited = await node.until(WorkerExited)
+    assert exited.tail == CHILDREN_SAY
 
 
 TORCHRUN = {
@@ -708,6 +744,9 @@ async def test_a_module_that_breaks_forks_is_named_and_workers_are_executed(mark
             assert [each["type"] for each in said] == ["KeyError"]
             lifeline.close()
             far.close()
+            told = {**spec(script(tmp_path, CHILDREN), rank=1), "address": "127.0.0.1", "train": {}}
+            node.workers.start("children", told)
+            assert (await node.until(WorkerExited, "children")).tail == CHILDREN_SAY
     finally:
         end_pool(pool)
 

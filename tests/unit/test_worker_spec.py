@@ -6,7 +6,7 @@ import orjson
 import pytest
 
 from hpcft.errors import UsageError
-from hpcft.worker.spec import SPEC_VARIABLE, SpecError, WorkerSpec, take_spec
+from hpcft.worker.spec import SPEC_VARIABLE, SpecError, WorkerSpec, hold_spec, take_spec
 
 SPEC = {
     "run_id": "a", "run_dir": "/r/a", "name": "a", "node": "n1", "address": "10.0.0.1", "generation": 3, "term": 1,
@@ -42,8 +42,25 @@ def test_descriptors_are_not_handed_to_the_programs_that_a_worker_starts() -> No
         for descriptor in (reading, writing):
             os.set_inheritable(descriptor, True)
         text = orjson.dumps({**SPEC, "page_fd": reading, "control_fd": writing}).decode()
-        assert take_spec({SPEC_VARIABLE: text}).control_fd == writing
+        environment = {SPEC_VARIABLE: text}
+        assert take_spec(environment).control_fd == writing
+        assert environment == {}, "nor is what they are told"
         assert not os.get_inheritable(reading) and not os.get_inheritable(writing)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_what_is_held_is_taken_once_and_by_the_process_that_was_told() -> None:
+    reading, writing = os.pipe()
+    try:
+        hold_spec({**SPEC, "page_fd": reading, "control_fd": writing})
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if take_spec({}).alone else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert take_spec({}).rank == 2
+        assert take_spec({}).alone
     finally:
         os.close(reading)
         os.close(writing)
