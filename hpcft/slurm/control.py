@@ -6,7 +6,8 @@ command's own words; SlurmUnreachableError is the kind that a later try may cure
 pure functions, tested on output of Slurm 22.05. Times are asked for in seconds since the epoch (SLURM_TIME_FORMAT),
 so that neither time zone nor site format matters.
 
-Manners: only the leader calls, and no call is repeated by this module.
+Manners: only the leader calls, and no call that changes anything is repeated by this module. A question is: Slurm ends a
+step by signalling every process in it, and so also the very command that asks it why.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +35,8 @@ _UNREACHABLE = (
     "backup controller",
 )
 _REAP_SECONDS = 2.0
+_AFTER_SIGNALS_SECONDS = (0.1, 0.2, 0.4, 0.8)
+"""Slurm signals a step more than once, within a moment."""
 
 _FREE_TEXT = ("JobName", "Command", "WorkDir", "StdErr", "StdIn", "StdOut", "Comment", "AdminComment", "SystemComment")
 _FIELD = re.compile(r"(?:^|(?<=\s))([A-Z][\w/:]*)=(\S*)")
@@ -45,6 +49,10 @@ class SlurmError(UnusableError):
 
 class SlurmUnreachableError(SlurmError):
     """slurmctld did not answer: it may later."""
+
+
+class CommandKilledError(SlurmUnreachableError):
+    """The command was ended by a signal; it may have done its work before."""
 
 
 async def why_terminated(job: str, own_restart_count: int, *, limit: float = LIMIT_SECONDS) -> Termination:
@@ -94,7 +102,7 @@ async def show_config(limit: float = LIMIT_SECONDS) -> dict[str, str]:
     Raises:
         SlurmError: Slurm did not answer.
     """
-    return parse_config(await _run("scontrol", "show", "config", limit=limit))
+    return parse_config(await _ask("scontrol", "show", "config", limit=limit))
 
 
 async def show_job(job: str, *, limit: float = LIMIT_SECONDS) -> dict[str, str]:
@@ -103,7 +111,7 @@ async def show_job(job: str, *, limit: float = LIMIT_SECONDS) -> dict[str, str]:
     Raises:
         SlurmError: Slurm does not know the job, or does not answer.
     """
-    found = find_job(await _run("scontrol", "show", "job", job, limit=limit), job)
+    found = find_job(await _ask("scontrol", "show", "job", job, limit=limit), job)
     if found is None:
         raise SlurmError(f"scontrol show job {job} does not show that job", "is it long over? see `sacct -j`")
     return found
@@ -183,6 +191,15 @@ def outside_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not name.startswith("SLURM") or name in keep}
 
 
+async def _ask(*command: str, limit: float) -> str:
+    """`_run` for a command that changes nothing."""
+    for pause in _AFTER_SIGNALS_SECONDS:
+        with suppress(CommandKilledError):
+            return await _run(*command, limit=limit)
+        await asyncio.sleep(pause)
+    return await _run(*command, limit=limit)
+
+
 async def _run(
     *command: str,
     limit: float,
@@ -218,6 +235,8 @@ async def _run(
         await _end(process)
     if process.returncode:
         words = err.decode(errors="replace").strip() or f"it ended with {process.returncode}"
+        if process.returncode < 0:
+            raise CommandKilledError(f"`{shown}` was ended by {signal.Signals(-process.returncode).name}")
         kind = SlurmUnreachableError if any(each in words.lower() for each in _UNREACHABLE) else SlurmError
         raise kind(f"`{shown}` failed: {words}", "`hpcft doctor` checks what hpcft needs of Slurm")
     return out.decode(errors="replace")

@@ -36,6 +36,7 @@ class SlurmJob:
             HpcftError: Slurm refused, or did not answer for ten minutes.
         """
         pause, until = _FIRST_PAUSE_SECONDS, time.monotonic() + _PATIENCE_SECONDS
+        unanswered = False
         while True:
             try:
                 await control.requeue(self._allocation.requeue_target, limit=self._timeout)
@@ -44,6 +45,12 @@ class SlurmJob:
                 if time.monotonic() > until:
                     raise
                 log.warning("the requeue waits for Slurm: %s", error.message)
+                unanswered = True
+            except control.SlurmError:
+                # an earlier try may have been heard, and only its answer lost
+                if unanswered and await self.why_terminated() is Termination.REQUEUED:
+                    return
+                raise
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE_SECONDS, pause * 2)
 

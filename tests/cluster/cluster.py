@@ -202,8 +202,17 @@ class Cluster:
         self._ip(0, "link", "set", f"cable{index}", "down")
 
     def heal(self, index: int) -> None:
-        """Plug it back."""
+        """Plug it back, and mend its ways to others."""
         self._ip(0, "link", "set", f"cable{index}", "up")
+        for other in self.machines:
+            if other != index:
+                self._ip(index, "route", "del", "blackhole", address(other), check=False)
+                self._ip(other, "route", "del", "blackhole", address(index), check=False)
+
+    def part(self, one: int, other: int) -> None:
+        """Break the way between two nodes, both ways; each reaches all others. `heal` of either mends it."""
+        for here, there in ((one, other), (other, one)):
+            self._ip(here, "route", "replace", "blackhole", address(there))
 
     def detach(self, index: int, how: Literal["hang", "stuck", "error"] = "hang") -> None:
         """Take the directory `detachable` from one node, open files included.

@@ -122,6 +122,23 @@ def test_cut_off_without_the_run_directory(cluster: Cluster) -> None:
     assert run.ledger().exact, run.ledger()
 
 
+def test_only_the_way_to_the_leader_is_broken(cluster: Cluster) -> None:
+    """A second agent is asked, reaches the node, and hears when its workers have ended."""
+    run = SlurmRun(cluster, "parted", {**EXACT, "train.steps": 400}).submit()
+    run.trains(past=13)
+    theirs = {each.pid for each in run.workers(2)}
+    cluster.part(0, 2)
+    until(lambda: not theirs & {each.pid for each in cluster.processes(2)}, "node2 has ended its workers", 30)
+    run.trains(generation=2)
+    cluster.heal(2)
+    status = run.ends("COMPLETED", 240)
+    assert status["incidents"][0]["culprit"] in (
+        "node2 is lost: it has told node1 that its workers have ended",
+        "node2 is lost: it has told node3 that its workers have ended",
+    )
+    assert run.ledger().exact, run.ledger()
+
+
 def test_killed_agent(cluster: Cluster, undisturbed: SlurmRun) -> None:
     run = SlurmRun(cluster, "agent", EXACT).submit()
     run.trains(past=13)

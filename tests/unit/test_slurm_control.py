@@ -23,6 +23,8 @@ from hpcft.slurm.control import (
     read_end_time,
     seconds_of,
 )
+from hpcft.slurm.environment import from_environment
+from hpcft.slurm.job import SlurmJob
 
 SAMPLES = Path(__file__).parent / "slurm_samples"
 
@@ -177,6 +179,42 @@ async def test_an_absent_controller_is_told_from_a_refusal(programs: Path, words
     program(programs, "scontrol", f"sys.exit({words!r})")
     with pytest.raises(SlurmUnreachableError, match="failed: "):
         await control.show_job("1")
+
+
+KILLED_ONCE = """
+import signal
+told = os.path.join(os.path.dirname(__file__), "told")
+if not os.path.exists(told):
+    open(told, "w").close()
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+async def test_a_question_ended_by_slurms_own_signal_is_asked_again(programs: Path) -> None:
+    program(programs, "scontrol", KILLED_ONCE + "print('JobId=7 JobName=x\\n   JobState=COMPLETING Restarts=0')")
+    assert await control.why_terminated("7", 0) is Termination.CANCELLED
+    assert (programs / "told").exists()
+
+
+async def test_a_requeue_ended_by_a_signal_is_not_refused(programs: Path) -> None:
+    program(programs, "scontrol", KILLED_ONCE)
+    with pytest.raises(SlurmUnreachableError, match="`scontrol requeue 7` was ended by SIGTERM"):
+        await control.requeue("7")
+
+
+@pytest.mark.parametrize(("restarts", "accepted"), [(1, True), (0, False)])
+async def test_a_requeue_whose_answer_was_lost(programs: Path, restarts: int, accepted: bool) -> None:
+    """The second try is refused: because the first one was heard, or for a reason of Slurm's."""
+    shown = f"JobId=7 JobName=x\n   JobState=COMPLETING Restarts={restarts}"
+    refused = f"print({shown!r}) if sys.argv[1] == 'show' else sys.exit('Job/step already completing')"
+    program(programs, "scontrol", KILLED_ONCE + refused)
+    environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURMD_NODENAME": "n1", "SLURM_NODEID": "0"}
+    job = SlurmJob(from_environment(environ), command_timeout=5)
+    if accepted:
+        await job.requeue()
+    else:
+        with pytest.raises(SlurmError, match="already completing"):
+            await job.requeue()
 
 
 async def test_a_missing_command_says_what_to_do(programs: Path) -> None:
