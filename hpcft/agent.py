@@ -464,6 +464,7 @@ class Agent:
             # a worker that cannot be killed may still write: this node must not promise that it is gone
             self._end(AGENT_RESTART, f"workers {', '.join(stuck)} do not end after SIGKILL")
             return
+        self._ranks.report_last()
         self._perform(*self._membership.workers_gone())
 
     async def _stop_workers(self) -> None:

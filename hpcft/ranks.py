@@ -80,6 +80,8 @@ class Ranks:
         self._tell = tell
         self._formation: Formation | None = None
         self._ranks: dict[str, _Rank] = {}
+        self._left: tuple[Generation, tuple[int, ...]] | None = None
+        """Generation and slots of those that are being ended."""
         self._progress: tuple[Generation, Step] | None = None
         self._outcomes: list[Event] = []
 
@@ -90,6 +92,7 @@ class Ranks:
         """Take over this node's share of the formation: returns each worker's specification by name."""
         member = formation.member(self._assignment.node)
         assert member is not None
+        self._left = None
         self._page.generation = formation.generation
         self._page.order_word = 0
         self._formation = formation
@@ -105,9 +108,18 @@ class Ranks:
 
     def forget(self) -> None:
         """They are being ended on purpose; what they say from now on is of no interest."""
+        if self._formation is not None and self._ranks:
+            self._left = self._formation.generation, tuple(each.slot for each in self._ranks.values())
         self._formation = None
         self._ranks = {}
         self._outcomes = []
+
+    def report_last(self) -> None:
+        """They have ended: how far they were is what the recovery loses, or keeps."""
+        if self._left is not None:
+            (generation, slots), self._left = self._left, None
+            step = Step(min(self._page.slot(slot).step for slot in slots))
+            self._say(Progressed(self._assignment.node, generation, step, loss=None))
 
     def repeat(self) -> None:
         """Say again what has become of the ranks of this generation: the stream on which it was said may be lost."""

@@ -172,6 +172,21 @@ class Strike:
 
 
 @dataclass(frozen=True, slots=True)
+class Undone:
+    """The last generation that trained before this one. How far it was is known when its workers have ended."""
+
+    generation: Generation
+    step: Step
+    """The last one known to be completed by all when it was given up."""
+    last_words: tuple[tuple[NodeId, Step], ...] = ()
+    """From members that are left: they speak for those that are lost, for all take each step together."""
+
+    @property
+    def reached(self) -> Step:
+        return max(self.step, min((step for _, step in self.last_words), default=self.step))
+
+
+@dataclass(frozen=True, slots=True)
 class World:
     # who and where
     run: RunId = RunId("")
@@ -216,6 +231,7 @@ class World:
     """What the leader has found of the checkpoint that this generation was to start from."""
     losses: tuple[tuple[NodeId, float], ...] = ()
     """Of each member's last step."""
+    undone: Undone | None = None
     # history: carried by the journal
     generation: Generation = Generation(0)
     """The highest ever proposed or heard of."""
@@ -379,6 +395,7 @@ def _current(world: World, generation: Generation) -> bool:
 
 def _begin_term(world: World, event: TermBegan, now: float) -> World:
     reached = world.step
+    world = _give_up_generation(world)
     world = _close_generation(world, world.restore.step if world.restore else Step(0), now)
     # whoever has written a verdict had written everything before it
     complete = event.term == world.term + 1 and (world.term == 0 or world.verdict is not None)
@@ -405,6 +422,7 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
         fruitless=world.fruitless,
         high_step=world.high_step,
         starts=world.starts + (event.allocation != world.allocation),
+        undone=world.undone,
         base_step=world.restore.step if world.restore else Step(0),
         productive=world.productive,
         verdict=None,
@@ -509,7 +527,7 @@ def _ready(world: World, event: WorkersReady, now: float) -> World:
 
 def _progress(world: World, event: Progressed, now: float) -> World:
     if not _current(world, event.generation):
-        return world
+        return _progress_of_the_undone(world, event)
     progress = dict(world.progress)
     progress[event.node] = max(event.step, progress.get(event.node, world.base_step))
     world = replace(
@@ -532,6 +550,28 @@ def _progress(world: World, event: Progressed, now: float) -> World:
         bugs = frozenset(bug for bug in world.known_bugs if bug[0] >= step)
         world = replace(world, high_step=step, advanced=True, fruitless=0, known_bugs=bugs)
     return world
+
+
+def _progress_of_the_undone(world: World, event: Progressed) -> World:
+    """The last word on a generation that was given up: it says how many steps the recovery loses."""
+    if world.undone is None or world.undone.generation != event.generation:
+        return world
+    words = {**dict(world.undone.last_words), event.node: event.step}
+    return _know_undone(world, replace(world.undone, last_words=tuple(sorted(words.items()))))
+
+
+def _give_up_generation(world: World) -> World:
+    """A generation that took no step does not hide the one before it."""
+    if world.formation is None or world.step == world.base_step:
+        return world
+    return _know_undone(world, Undone(world.formation.generation, world.step))
+
+
+def _know_undone(world: World, undone: Undone) -> World:
+    world = replace(world, undone=undone)
+    if world.open_incident is None:
+        return world
+    return replace(world, incidents=(*world.incidents[:-1], replace(world.open_incident, step=undone.reached)))
 
 
 def _fail(world: World, event: WorkerFailed, now: float) -> World:
@@ -693,7 +733,7 @@ def _carry_out(world: World, decided: Decided, now: float) -> World:
                 base = formation.restore.step if formation.restore else Step(0)
                 fruitless = world.fruitless_so_far
                 bugs = frozenset((each.failure.step, each.failure.signature()) for each in world.failures)
-                world = _close_generation(world, base, now)
+                world = _close_generation(_give_up_generation(world), base, now)
                 world = replace(
                     world,
                     generation=formation.generation,

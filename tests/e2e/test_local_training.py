@@ -113,9 +113,8 @@ def test_workers_killed_at_any_moment_change_nothing(tmp_path: Path, undisturbed
     assert status["generation"] == 6 and status["world_size"] == 4
     found = incidents(status)
     assert [(cause, generation) for cause, generation, _ in found] == [("worker failed", n) for n in range(1, 6)]
-    # at most what lay between the kill and its checkpoint; less where the last step was not reported any more
     lost = [steps for _, _, steps in found]
-    assert all(0 <= steps <= most for steps, most in zip(lost, (3, 4, 10, 10, 4), strict=True)), lost
+    assert lost in ([3, 4, 10, 10, 4], [3, 4, 10, 0, 4]), "what lay between kill and checkpoint; one commit may be done"
     assert all("SIGKILL" in each["culprit"] for each in status["incidents"]), status["incidents"]
     budget = {each["cause"]: each["used"] for each in status["budget"]}
     assert budget["infrastructure"] == 5 and budget["user code"] == 0

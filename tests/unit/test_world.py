@@ -11,6 +11,7 @@ from hpcft.events import (
     CheckpointsRetired,
     Conclude,
     Decided,
+    Evict,
     FailureKind,
     NodeHeard,
     Outcome,
@@ -105,7 +106,21 @@ def test_a_broken_world_closes_no_incident() -> None:
     world = happen(world, proposed(formation("ab", 2)), committed(2), now=7.0)
     world = happen(world, at_step("a", 1, 2), at_step("b", 1, 2), now=8.0)
     (incident,) = world.incidents
-    assert (incident.downtime, incident.steps_lost) == (3.0, 12 - 2)
+    assert (incident.downtime, incident.steps_lost) == (3.0, 12)
+
+
+def test_the_steps_lost_are_those_of_the_last_words() -> None:
+    """The leader had heard of step 10; the workers that were ended for the next world had made 12, and then 13."""
+    world = happen(training("abc", step=10), Decided((Evict(node("c"), life("c")),), "c is lost"), now=5.0)
+    world = happen(world, proposed(formation("ab", 2)), now=5.1)
+    world = happen(world, at_step("a", 13), now=5.2)
+    assert world.incidents[0].step == 13
+    world = happen(world, at_step("b", 12), now=5.3)
+    assert world.incidents[0].step == 12, "completed by all that are left; of c, which is lost, no more is known"
+    world = happen(world, at_step("b", 9, 7), committed(2), now=5.4)
+    world = happen(world, at_step("a", 1, 2), at_step("b", 1, 2), now=8.0)
+    world = happen(world, at_step("a", 20), now=9.0)
+    assert world.incidents[0].steps_lost == 12
 
 
 def test_a_plain_command_has_resumed_when_it_is_started() -> None:
