@@ -96,8 +96,10 @@ def _part(each: psutil.Process) -> str:
         parent = each.parent()
     except psutil.Error:
         return ""
+    if "hpcft.keeper" in line:
+        return "keeper"
     if "hpcft.node" in line:
         return "agent"
     if "hpcft.pool" in line:
-        return "pool" if parent is not None and "agent" in parent.cmdline() else ""
-    return "keeper" if "agent" in line else ""
+        return "pool" if parent is not None and "hpcft.keeper" in parent.cmdline() else ""
+    return ""

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -229,14 +229,14 @@ def submit_command(
 
 @cli.command("agent")
 @_with(_config_argument, _set_option, _from_option)
-def agent_command(config: Path, sets: tuple[str, ...], from_step: int | None) -> int:
+def agent_command(config: Path, sets: tuple[str, ...], from_step: int | None) -> NoReturn:
     """The daemon of one node.
 
     Not for people: srun starts it on every node of the job.
     """
     from hpcft import node
 
-    return node.keep(_load(config, sets), from_step=from_step)
+    node.keep(_load(config, sets), from_step=from_step)
 
 
 @cli.command("wait")

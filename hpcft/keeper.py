@@ -5,7 +5,8 @@
 
 It is a subreaper, so that everything started below stays below. It makes the shared page, starts agent and pool,
 and starts either again when it ends, with a back-off. It imports neither torch nor asyncio nor anything of the run,
-and holds no state that could be wrong: a page, one channel to each of the two.
+and holds no state that could be wrong: a page, one channel to each of the two. Whoever has read the configuration, for
+which it takes more, becomes the keeper by exec (`become`): then all that is gone from its memory.
 
 **Channels.** Agent and pool each have a SOCK_SEQPACKET channel to the keeper; its end of file means that the keeper
 is gone. What the two need to talk to each other is a socket pair made here, one end to each, whenever one of them
@@ -19,7 +20,8 @@ ends, for Slurm no longer knows of the node; seen by a pidfd, because a death si
 
 **Signals** reach the keeper alone, as agent and pool have sessions of their own, and are passed on to the agent
 once. The agent is started with them blocked: one that comes before its handlers stand waits there, and is not the
-end of it. `Inherited.unblock_signals` is the agent's way to say that it is ready.
+end of it. `Inherited.unblock_signals` is the agent's way to say that it is ready. The keeper's own start is covered in
+the same way: `become` blocks them, and they are let in when the handlers stand.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NoReturn, Self
 
 from hpcft.errors import ExitCode
 from hpcft.page import NodePage
@@ -138,6 +140,7 @@ class Keeper:
         for number in (*FORWARDED, signal.SIGCHLD):
             signal.signal(number, lambda number, frame: None)
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         self._poll.register(self._wake, select.POLLIN)
         status: int | None = None
         try:
@@ -294,20 +297,24 @@ def _say(text: str) -> None:
             os.write(2, f"hpcft keeper: {text}\n".encode())
 
 
-def main(agent_argv: Sequence[str], *, slots: int, preload: Sequence[str] = ()) -> int:
+def become(agent_argv: Sequence[str], *, slots: int) -> NoReturn:
+    """Go on as the keeper of this node, in a fresh interpreter with the same pid. Its exit status is the agent's."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "hpcft.keeper", "--slots", str(slots), "--", *agent_argv])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Keep a node until its agent ends for good, and return the exit status. Takes over this process."""
-    become_subreaper()
-    return int(Keeper(agent_argv, slots, preload).run())
-
-
-def command_line(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hpcft.keeper")
     parser.add_argument("--slots", type=int, required=True, help="workers that the node may have")
     parser.add_argument("--preload", action="append", default=[], metavar="MODULE")
     parser.add_argument("agent", nargs="+", help="the agent's command line, after --")
     options = parser.parse_args(arguments)
-    return main(options.agent, slots=options.slots, preload=options.preload)
+    become_subreaper()
+    return int(Keeper(options.agent, options.slots, options.preload).run())
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """What runs on a node, put together: the keeper first, and as its child the agent.
 
-The keeper reads the configuration once and hands it to every agent it starts, so that a file edited while the run
-goes on cannot make two nodes differ. This is the only module that knows all the parts.
+The configuration is read once, before the keeper begins, which hands it to every agent it starts: a file edited while
+the run goes on cannot make two nodes differ. This is the only module that knows all the parts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import orjson
 import uvloop
@@ -80,8 +80,8 @@ class Orders:
         return cls(Config.from_json(orjson.dumps(raw["config"])), raw["from_step"])
 
 
-def keep(config: Config, *, from_step: int | None = None) -> int:
-    """Keep this node until the run's start is over; returns the run's exit code. Takes over this process.
+def keep(config: Config, *, from_step: int | None = None) -> NoReturn:
+    """Keep this node until the run's start is over; then this process ends with the run's exit code.
 
     Raises:
         HpcftError: this node cannot take part: not in an allocation, no workers, no run directory.
@@ -100,7 +100,7 @@ def keep(config: Config, *, from_step: int | None = None) -> int:
         checkpoint_read.of_step(directory.checkpoints, Step(from_step))
     orders = Orders(config, Step(from_step) if from_step is not None else None)
     command = [sys.executable, "-P", "-m", "hpcft.node", orders.to_text()]
-    return keeper.main(command, slots=slots)
+    keeper.become(command, slots=slots)
 
 
 def run_directory(config: Config) -> RunDirectory:

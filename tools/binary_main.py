@@ -38,9 +38,11 @@ def prepare(root: Path) -> None:
     # Whoever owns the directory decides what runs: in /tmp somebody else could have made it first.
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         refuse(f"{root} belongs to somebody else, or others can write it", "set SHIV_ROOT to a directory of your own")
-    # A shared lock on a directory tells systemd-tmpfiles that what lies in it is in use, however old it is. Held by
-    # this process until it ends: on a node that is the keeper.
-    fcntl.flock(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_SH)
+    # A shared lock on a directory tells systemd-tmpfiles that what lies in it is in use, however old it is. Held until
+    # this process ends, also when it becomes another program (on a node, the keeper), and by what that forks.
+    lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    os.set_inheritable(lock, True)
 
 
 def main() -> None:

@@ -100,14 +100,12 @@ class SlurmRun:
 
     def process(self, index: int, part: str) -> Process:
         """`keeper`, `agent` or `pool` of a node."""
-        marks = {"keeper": " agent ", "agent": "hpcft.node", "pool": "hpcft.pool"}
-        found = [
-            each for each in self.cluster.processes(index) if marks[part] in each.cmdline and "srun" not in each.name
-        ]
+        marks = {"keeper": "hpcft.keeper", "agent": "hpcft.node", "pool": "hpcft.pool"}
+        found = [each for each in self.cluster.processes(index) if marks[part] in each.cmdline]
+        if part == "agent":  # its command line is part of the keeper's
+            found = [each for each in found if marks["keeper"] not in each.cmdline]
         if part == "pool":
             found = [each for each in found if not any(other.pid == each.parent for other in found)]
-        if part == "keeper":
-            found = [each for each in found if "hpcft.node" not in each.cmdline and each.name != "srun"]
         assert found, f"no {part} on {node_name(index)}: {self.cluster.processes(index)}"
         return found[0]
 

@@ -123,6 +123,23 @@ def test_children_find_what_was_unpacked(binary: Path, with_numpy: Path, tmp_pat
     assert findings["packages"]["grade"] == "ok", findings["packages"]
 
 
+def test_a_run_from_one_file(binary: Path, with_numpy: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('[run]\nname = "c"\n[job]\ncommand = ["python3", "-c", "print(6 * 7)"]\n')
+    done = _run(binary, with_numpy, tmp_path, "run", "c.toml", "--nodes", "1", "--workers", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "42" in (tmp_path / "runs" / "c" / "logs" / "node1" / "g0001-rank0000.log").read_text()
+
+
+def test_what_was_unpacked_is_locked_also_when_the_process_becomes_another(
+    binary: Path, with_numpy: Path, tmp_path: Path
+) -> None:
+    unpacked = tmp_path / f"hpcft-{os.getuid()}"
+    try_it = f"import fcntl, os; fcntl.flock(os.open({str(unpacked)!r}, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    program = f"import os, sys; os.execv(sys.executable, [sys.executable, '-c', {try_it!r}])"
+    done = _run(binary, with_numpy, tmp_path, "-c", program, SHIV_INTERPRETER="1")
+    assert "BlockingIOError" in done.stderr
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o770])
 def test_refuses_a_directory_that_others_can_write(binary: Path, with_numpy: Path, tmp_path: Path, mode: int) -> None:
     planted = tmp_path / "planted"

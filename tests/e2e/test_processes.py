@@ -944,6 +944,45 @@ def test_the_pause_before_a_restart_grows_and_is_forgotten_after_a_long_life() -
         assert pauses.after(0.0) <= 5.0
 
 
+def test_a_process_becomes_the_keeper_and_no_signal_is_lost_on_the_way(mark: str) -> None:
+    agent = (
+        "import os, signal; from hpcft.keeper import Inherited\n"
+        "signal.signal(signal.SIGTERM, lambda number, frame: os._exit(12)); Inherited.unblock_signals()\n"
+        "signal.pause()"
+    )
+    text = (
+        "import os, signal, sys; from hpcft import keeper\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, keeper.FORWARDED); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "keeper.become([sys.executable, '-c', sys.argv[1]], slots=1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", text, agent], env={**os.environ, MARK: mark}, timeout=GENEROUS, check=False
+    )
+    assert done.returncode == 12
+    wait_until_nothing_is_left(mark, 15)
+
+
+def test_the_agent_command_becomes_a_small_keeper(mark: str, tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(
+        f'[run]\nname = "c"\nroot = "{tmp_path}"\n[job]\ncommand = ["sleep", "1000"]\n[nodes]\nworkers_per_node = 1\n'
+    )
+    local = {"NODE": "node1", "NODES": "node1", "ADDRESS": "127.0.0.1", "JOB": mark, "RESTARTS": "0"}
+    variables = {MARK: mark, **{f"HPCFT_LOCAL_{name}": value for name, value in local.items()}}
+    node = subprocess.Popen(
+        [sys.executable, "-P", "-m", "hpcft", "agent", config], env={**os.environ, **variables}, stderr=subprocess.PIPE
+    )
+    with node:
+        wait_for(lambda: any("sleep" in command_of(pid) for pid in descendants(node.pid)), "the worker runs")
+        assert "hpcft.keeper" in command_of(node.pid)
+        assert len(children(node.pid)) == 2
+        status = Path(f"/proc/{node.pid}/status").read_text()
+        assert int(status.partition("VmRSS:")[2].split()[0]) < 24 << 10, "kB, of which an interpreter needs half"
+        node.terminate()
+        assert node.wait(GENEROUS) == 12
+    wait_until_nothing_is_left(mark, 15)
+
+
 def test_the_keeper_is_small() -> None:
     """No torch, no asyncio, no numpy: what is not imported cannot fail."""
     text = "import sys, hpcft.keeper; print([m for m in ('torch','asyncio','numpy','pydantic') if m in sys.modules])"
