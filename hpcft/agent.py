@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -25,8 +26,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, assert_never
 
+from hpcft import process, stream, terms, verdicts, wire
 from hpcft import secret as run_secret
-from hpcft import stream, terms, verdicts, wire
 from hpcft.errors import ExitCode, UnusableError
 from hpcft.events import (
     Confirm,
@@ -136,7 +137,7 @@ class Agent:
         page: NodePage,
         workers: Callable[[Callable[[PoolEvent], None]], Workers],
         ranks: Callable[[Incarnation, Callable[[Event], None], Callable[[Mapping[str, Any]], None]], Ranks],
-        lead: Callable[[TermRecord], Awaitable[Leader]],
+        lead: Callable[[TermRecord, float], Awaitable[Leader]],
     ) -> None:
         self._station = station
         self._page = page
@@ -303,8 +304,15 @@ class Agent:
             self._waiting = None
             return
         log.info("%s: this agent leads term %d", why, record.term)
-        leader = await self._lead(record)
+        leader = await self._lead(record, self._leaderless(sight))
         self._presiding = self._tasks.create_task(self._preside(leader), name="leader")
+
+    def _leaderless(self, sight: Sight) -> float:
+        """For how many seconds nobody has led, as this node knows: it has waited for another leader's lease to run out,
+        or its keeper has started this agent at once when its former one, the leader, had ended, or the run starts."""
+        holder, station = sight.holder, self._station
+        waited = holder is not None and holder.allocation == station.start and holder.node != station.node
+        return sight.unchanged_for if waited else now() - process.began_at(os.getpid())
 
     def _arrive(self, arrived: stream.Stream) -> None:
         """A connection to this agent: to its leader, if it has one, or a peer's question."""

@@ -176,6 +176,8 @@ class TermBegan:
     nodes: tuple[NodeId, ...]
     takeover: bool
     """The previous term belonged to the same allocation and was not released: its leader is lost."""
+    leaderless: float = 0.0
+    """For how many seconds nobody had led."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ names the predecessor and how many bytes of it were replayed; whatever a deposed
 void. The head is the journal of the highest term, for a term has one holder only; recovery follows the chain of
 predecessors, never "the highest step".
 
-A line is `{"at": run clock seconds, "wall": for people, "event": record}`. A torn last line (the writer died) is
+A line is `{"at": run clock seconds, "wall": UTC, "event": record}`. A torn last line (the writer died) is
 ignored. Writing is append-only on one thread: `append` never blocks the loop, `sync` waits for the disk. Only
 what must be durable before it is acted upon is waited for; a hanging file system delays no recovery.
 
@@ -29,6 +29,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import orjson
@@ -62,6 +63,8 @@ class Replayed:
     clock: float
     head: str | None
     length: int
+    written: datetime | None = None
+    """When the last line was written, by the clock of who wrote it."""
     branches: frozenset[str] = frozenset()
     """Why the lineage was turned to older checkpoints, each time it was."""
 
@@ -89,7 +92,7 @@ def replay(directory: Path) -> Replayed:
             break
         limit = opening.replayed
         current = directory / opening.predecessor
-    world, clock, length = World(), 0.0, 0
+    world, clock, length, written = World(), 0.0, 0, None
     branches: set[str] = set()
     for path, end in reversed(chain):
         data = path.read_bytes()
@@ -98,14 +101,14 @@ def replay(directory: Path) -> Replayed:
         for number, line in enumerate(data.splitlines()[1:], start=2):
             try:
                 record = orjson.loads(line)
-                clock = float(record["at"])
+                clock, written = float(record["at"]), datetime.fromisoformat(record["wall"])
                 event = wire.decode_event(record["event"])
                 world = apply(world, event, clock)
             except (ValueError, KeyError, TypeError) as error:
                 raise _damaged(path, number, error) from error
             if isinstance(event, CheckpointsFound) and event.branch:
                 branches.add(event.branch)
-    return Replayed(world, clock, head.name if head else None, length, frozenset(branches))
+    return Replayed(world, clock, head.name if head else None, length, written, frozenset(branches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +189,11 @@ class Journal:
         self._held.clear()
 
     def _put(self, event: Event, at: float) -> None:
-        record = {"at": round(at, 3), "wall": time.strftime("%Y-%m-%dT%H:%M:%S"), "event": wire.encode(event)}
+        record = {
+            "at": round(at, 3),
+            "wall": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "event": wire.encode(event),
+        }
         self._queue.put((orjson.dumps(record) + b"\n", None))
 
     async def sync(self) -> None:

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any, Protocol, assert_never
 
 import orjson
@@ -125,6 +126,8 @@ class Office:
     checkpoints: CheckpointsFound
     save_every: Cadence
     end_lead: float
+    leaderless: float
+    """For how many seconds nobody has led."""
 
 
 class Leader:
@@ -147,7 +150,7 @@ class Leader:
         self._view = view
         self._loop = asyncio.get_running_loop()
         self.world = replayed.world
-        self._clock_base = replayed.clock - time.monotonic()
+        self._clock_base = replayed.clock + _missed(office, replayed) - time.monotonic()
         self._events: deque[Event] = deque()
         self._feeding = False
         self._reception = Reception(self)
@@ -168,7 +171,7 @@ class Leader:
         self._heartbeats: HeartbeatReader | None = None
         self._meeting: tuple[Generation, StoreServer] | None = None
         self._save_order: tuple[Step, bool] | None = None
-        self._saved_at = replayed.clock
+        self._saved_at = self.now()
         self._signals: set[str] = set()
         self._kill_wait: asyncio.Future[float]
         self._concluded: asyncio.Future[Verdict | SteppedDown] = self._loop.create_future()
@@ -209,6 +212,7 @@ class Leader:
                         takeover=before.allocation == office.allocation
                         and before.verdict is None
                         and before.leader != office.record.node,
+                        leaderless=office.leaderless,
                     )
                 )
                 self.feed(office.checkpoints)
@@ -561,3 +565,11 @@ class Leader:
             self._store.close()
         if self._meeting is not None:
             self._meeting[1].close()
+
+
+def _missed(office: Office, replayed: Replayed) -> float:
+    """What the run clock has missed since the last record: within a start, all the time since it was written."""
+    if replayed.written is None or replayed.world.allocation != office.allocation:
+        return office.leaderless
+    # two nodes' clocks, perhaps: they agree as far as accounts need
+    return max(office.leaderless, (datetime.now(UTC) - replayed.written).total_seconds())

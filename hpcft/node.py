@@ -190,7 +190,7 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
     ) -> Ranks:
         return Ranks(assignment, incarnation, inherited.page, say, tell)
 
-    async def lead(record: TermRecord) -> Leader:
+    async def lead(record: TermRecord, leaderless: float) -> Leader:
         await asyncio.to_thread(durable.replace, directory.config, config.to_json())
         replayed, found = await asyncio.to_thread(read_history, directory, allocation, orders.from_step)
         office = Office(
@@ -202,6 +202,7 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
             checkpoints=found,
             save_every=config.checkpoint.every,
             end_lead=config.slurm.end_lead,
+            leaderless=leaderless,
         )
         retained = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
         return Leader(

@@ -99,6 +99,18 @@ def state_of(pid: int) -> str:
     return fields[0].decode() if fields else ""
 
 
+def began_at(pid: int) -> float:
+    """When the process began, in seconds of CLOCK_BOOTTIME, to a hundredth.
+
+    Raises:
+        ProcessLookupError: it is gone.
+    """
+    fields = _stat(pid)
+    if not fields:
+        raise ProcessLookupError(pid)
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
 def session_of(pid: int) -> int:
     """The session of a process, 0 when it is gone."""
     fields = _stat(pid)

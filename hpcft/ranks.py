@@ -30,7 +30,7 @@ from hpcft.events import (
     WorkerStopped,
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step
-from hpcft.page import NodePage
+from hpcft.page import NodePage, Phase
 from hpcft.units import EverySteps
 from hpcft.worker.spec import STATUS_DAMAGED, STATUS_FENCED, STATUS_STOPPED, STATUS_UNREADABLE
 from hpcft.workers import NOT_STARTED, WorkerEvent, WorkerExited, WorkerSaid, WorkerSpawned
@@ -80,8 +80,6 @@ class Ranks:
         self._tell = tell
         self._formation: Formation | None = None
         self._ranks: dict[str, _Rank] = {}
-        self._left: tuple[Generation, tuple[int, ...]] | None = None
-        """Generation and slots of those that are being ended."""
         self._progress: tuple[Generation, Step] | None = None
         self._outcomes: list[Event] = []
 
@@ -92,7 +90,6 @@ class Ranks:
         """Take over this node's share of the formation: returns each worker's specification by name."""
         member = formation.member(self._assignment.node)
         assert member is not None
-        self._left = None
         self._page.generation = formation.generation
         self._page.order_word = 0
         self._formation = formation
@@ -108,21 +105,22 @@ class Ranks:
 
     def forget(self) -> None:
         """They are being ended on purpose; what they say from now on is of no interest."""
-        if self._formation is not None and self._ranks:
-            self._left = self._formation.generation, tuple(each.slot for each in self._ranks.values())
         self._formation = None
         self._ranks = {}
         self._outcomes = []
 
     def report_last(self) -> None:
-        """They have ended: how far they were is what the recovery loses, or keeps."""
-        if self._left is not None:
-            (generation, slots), self._left = self._left, None
-            step = Step(min(self._page.slot(slot).step for slot in slots))
-            self._say(Progressed(self._assignment.node, generation, step, loss=None))
+        """Nobody trains here: how far the last ones were, before this agent perhaps, is what a recovery loses."""
+        readings = [self._page.slot(slot).read() for slot in range(self._page.slots)]
+        steps = [reading.step for reading in readings if reading.phase is not Phase.EMPTY]
+        if steps:
+            generation = Generation(self._page.generation)
+            self._say(Progressed(self._assignment.node, generation, Step(min(steps)), loss=None))
 
     def repeat(self) -> None:
         """Say again what has become of the ranks of this generation: the stream on which it was said may be lost."""
+        if not self._ranks:
+            self.report_last()
         self._progress = None
         self.report_progress()
         for event in self._outcomes:

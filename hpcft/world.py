@@ -3,8 +3,8 @@
 Theory of operation
 -------------------
 `World` is an immutable value. `apply(world, event, now)` returns the next one and does nothing else: no I/O, no
-clock, no decision. `now` is the *run clock*: seconds during which a leader was in office, continued over
-requeues by the journal. It is never compared with a clock of another machine.
+clock, no decision. `now` is the *run clock*: seconds for which the run has held nodes, without the time in the queue;
+the journal carries it from one leader to the next. It is never compared with a clock of another machine.
 
 The life of a start, by `Phase` (docs/architecture.md has the same table as a picture)::
 
@@ -394,7 +394,7 @@ def _current(world: World, generation: Generation) -> bool:
 
 
 def _begin_term(world: World, event: TermBegan, now: float) -> World:
-    reached = world.step
+    before = world.generation, world.step
     world = _give_up_generation(world)
     world = _close_generation(world, world.restore.step if world.restore else Step(0), now)
     # whoever has written a verdict had written everything before it
@@ -427,11 +427,12 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
         productive=world.productive,
         verdict=None,
     )
+    since = now - event.leaderless
     if event.takeover:
-        return _open_incident(fresh, "leader lost", world.leader, Budget.INFRASTRUCTURE, now, step=reached)
+        return _open_incident(fresh, "leader lost", world.leader, Budget.INFRASTRUCTURE, since, before=before)
     if event.allocation == world.allocation and world.verdict is None and world.formation is not None:
         why = f"{event.node}: its agent, the leader, was restarted"
-        return _open_incident(fresh, "agent restarted", why, Budget.INFRASTRUCTURE, now, step=reached)
+        return _open_incident(fresh, "agent restarted", why, Budget.INFRASTRUCTURE, since, before=before)
     return fresh
 
 
@@ -520,8 +521,7 @@ def _ready(world: World, event: WorkersReady, now: float) -> World:
     since = now if complete and world.training_since is None else world.training_since
     world = replace(world, ready=ready, training_since=since)
     if complete and not event.counts_steps and world.open_incident is not None and not world.broken:
-        closed = replace(world.open_incident, resumed_at=now)
-        world = replace(world, incidents=(*world.incidents[:-1], closed))
+        world = _resume(world, world.open_incident, now, counts_steps=False)
     return world
 
 
@@ -543,8 +543,7 @@ def _progress(world: World, event: Progressed, now: float) -> World:
         world = replace(world, training_since=now)
     incident = world.open_incident
     if incident is not None and step > world.base_step and not world.broken:
-        closed = replace(incident, resumed_at=now, steps_lost=max(0, incident.step - world.base_step))
-        world = replace(world, incidents=(*world.incidents[:-1], closed))
+        world = _resume(world, incident, now, counts_steps=True)
     if step > world.high_step:
         # progress beyond everything seen refills what repeated failures had used up
         bugs = frozenset(bug for bug in world.known_bugs if bug[0] >= step)
@@ -557,21 +556,29 @@ def _progress_of_the_undone(world: World, event: Progressed) -> World:
     if world.undone is None or world.undone.generation != event.generation:
         return world
     words = {**dict(world.undone.last_words), event.node: event.step}
-    return _know_undone(world, replace(world.undone, last_words=tuple(sorted(words.items()))))
+    return replace(world, undone=replace(world.undone, last_words=tuple(sorted(words.items()))))
 
 
 def _give_up_generation(world: World) -> World:
-    """A generation that took no step does not hide the one before it."""
-    if world.formation is None or world.step == world.base_step:
+    """One that never trained does not hide the one before it."""
+    formation = world.formation
+    if formation is None or world.training_since is None:
         return world
-    return _know_undone(world, Undone(world.formation.generation, world.step))
+    incident, earlier = world.open_incident, world.undone
+    if incident is not None and earlier is not None and incident.generation <= earlier.generation:
+        known = replace(incident, step=max(incident.step, earlier.reached))
+        world = replace(world, incidents=(*world.incidents[:-1], known))
+    return replace(world, undone=Undone(formation.generation, world.step))
 
 
-def _know_undone(world: World, undone: Undone) -> World:
-    world = replace(world, undone=undone)
-    if world.open_incident is None:
-        return world
-    return replace(world, incidents=(*world.incidents[:-1], replace(world.open_incident, step=undone.reached)))
+def _resume(world: World, incident: Incident, now: float, *, counts_steps: bool) -> World:
+    """The first step after a failure, or the first that is known."""
+    lost = None
+    if counts_steps:
+        reached = world.undone.reached if world.undone is not None else incident.step
+        lost = max(0, max(incident.step, reached) - world.base_step)
+    closed = replace(incident, resumed_at=now, steps_lost=lost)
+    return replace(world, incidents=(*world.incidents[:-1], closed))
 
 
 def _fail(world: World, event: WorkerFailed, now: float) -> World:
@@ -624,7 +631,7 @@ def _open_incident(
     budget: Budget | None,
     now: float,
     tail: tuple[str, ...] = (),
-    step: Step | None = None,
+    before: tuple[Generation, Step] | None = None,
 ) -> World:
     """Begin an incident, unless one is open: a failure during a recovery prolongs the one that is."""
     spent = world.spent if budget is None else (*world.spent, Spent(budget, now))
@@ -635,8 +642,8 @@ def _open_incident(
         cause=cause,
         culprit=culprit,
         detected_at=now,
-        generation=world.generation,
-        step=world.step if step is None else step,
+        generation=world.generation if before is None else before[0],
+        step=world.step if before is None else before[1],
         budget=budget,
         tail=tail,
     )

@@ -6,8 +6,8 @@ command's own words; SlurmUnreachableError is the kind that a later try may cure
 pure functions, tested on output of Slurm 22.05. Times are asked for in seconds since the epoch (SLURM_TIME_FORMAT),
 so that neither time zone nor site format matters.
 
-Manners: only the leader calls, and no call that changes anything is repeated by this module. A question is: Slurm ends a
-step by signalling every process in it, and so also the very command that asks it why.
+Manners: only the leader calls, and no call that changes anything is repeated by this module. A question is: Slurm ends
+a step by signalling every process in it, and so also the very command that asks it why.
 """
 
 from __future__ import annotations

@@ -90,6 +90,7 @@ def test_killed_agents_cost_no_node(tmp_path: Path, undisturbed: Any) -> None:
         assert "its agent" in status["incidents"][0]["culprit"]
         assert {each["node"]: each["ranks"] for each in status["nodes"]} == {"node1": [0, 1], "node2": [2, 3]}
 
+        killed_at = time.monotonic()
         os.kill(run.agent(0), signal.SIGKILL)
         status = run.ends(0)
     assert out.read_text() == undisturbed.digest
@@ -97,7 +98,8 @@ def test_killed_agents_cost_no_node(tmp_path: Path, undisturbed: Any) -> None:
     assert status["start"] == 1 and status["world_size"] == 4
     assert [each["cause"] for each in status["incidents"]] == ["agent restarted", "agent restarted"]
     assert "the leader, was restarted" in status["incidents"][1]["culprit"]
-    assert 0 <= status["incidents"][1]["steps_lost"] <= 5
+    assert status["incidents"][1]["steps_lost"] == 5, "the other node knows how far they were"
+    assert 0.5 < status["incidents"][1]["downtime_seconds"] < time.monotonic() - killed_at, "from the kill on"
     terms = [json.loads(path.read_bytes()) for path in (run.directory / "terms").iterdir() if path.suffix == ""]
     assert sorted(each["node"] for each in terms) == ["node1", "node1"]
 
@@ -113,6 +115,8 @@ def test_the_loss_of_the_leaders_node_is_a_requeue(tmp_path: Path, undisturbed: 
     assert [each.restored_step for each in report.generations] == [0, 20]
     assert status["start"] == 2 and status["world_size"] == 4
     assert [each["cause"] for each in status["incidents"]] == ["leader lost"]
+    assert status["incidents"][0]["steps_lost"] == 5
+    assert status["incidents"][0]["downtime_seconds"] > 20, "the time without a leader, and the wait for it, count"
     assert "node1, the leader's node, is lost" in run.said()
 
 

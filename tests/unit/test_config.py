@@ -47,17 +47,19 @@ def test_defaults(written: Path, tmp_path: Path) -> None:
     assert config.checkpoint.every == EverySteps(200)
     assert config.logs.max_size == 16 * 2**20
     assert config.recovery.window == 3600
-    assert config.job.args == ()
+    assert config.job.args == config.job.preload == ()
     assert config.train == {}
 
 
 def test_a_file_sets_values(written: Path) -> None:
     written.write_text(
-        MINIMAL + 'args = ["--fast"]\n[heartbeat]\ninterval = "100ms"\n[checkpoint]\nevery = "60s"\n'
+        MINIMAL
+        + 'args = ["--fast"]\npreload = ["torchvision", "a.b"]\n[heartbeat]\ninterval = "100ms"\n[checkpoint]\nevery = "60s"\n'
         '[logs]\nmax_size = "1MiB"\n[train]\nlr = 3e-3\nsteps = 5\nbetas = [0.9, 0.95]\nname = "x"\nflag = true\n'
     )
     config = load(written)
     assert config.job.args == ("--fast",)
+    assert config.job.preload == ("torchvision", "a.b")
     assert config.heartbeat.interval == 0.1
     assert config.checkpoint.every == EverySeconds(60)
     assert config.logs.max_size == 2**20
@@ -233,6 +235,8 @@ def test_a_single_mistake_is_one_line(written: Path) -> None:
          "single late heartbeat makes a node suspect; it is 2s"),
         ("heartbeat.suspect=5s", "heartbeat.timeout: must be longer than heartbeat.suspect (5s), or a node is "
          "evicted as soon as it is suspect; it is 5s"),
+        ('job.preload=["a", "b/c.py"]',
+         "job.preload[1]: 'b/c.py' is not the dotted name of a module, such as 'mypackage.train'"),
         ("logs.max_size=10B", "logs.max_size: must be at least 1024, not '10B'"),
         ("run.seed=4294967296", "run.seed: must be at most 4294967295, not 4294967296"),
         ("run.name=..", "run.name: '..' cannot name a directory of its own: use 1 to 64 of the characters "
@@ -338,7 +342,7 @@ def test_the_stored_configuration_is_for_people_too(written: Path) -> None:
     assert tree["checkpoint"]["every"] == "60s" or tree["checkpoint"]["every"] == "1m"
     assert tree["heartbeat"]["interval"] == "500ms"
     assert tree["logs"]["max_size"] == "16MiB"
-    assert tree["job"] == {"module": "m", "args": []}
+    assert tree["job"] == {"module": "m", "args": [], "preload": []}
 
 
 @pytest.mark.parametrize(

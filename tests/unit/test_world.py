@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hpcft.events import (
@@ -113,14 +115,33 @@ def test_the_steps_lost_are_those_of_the_last_words() -> None:
     """The leader had heard of step 10; the workers that were ended for the next world had made 12, and then 13."""
     world = happen(training("abc", step=10), Decided((Evict(node("c"), life("c")),), "c is lost"), now=5.0)
     world = happen(world, proposed(formation("ab", 2)), now=5.1)
-    world = happen(world, at_step("a", 13), now=5.2)
-    assert world.incidents[0].step == 13
-    world = happen(world, at_step("b", 12), now=5.3)
-    assert world.incidents[0].step == 12, "completed by all that are left; of c, which is lost, no more is known"
-    world = happen(world, at_step("b", 9, 7), committed(2), now=5.4)
+    world = happen(world, at_step("a", 13), at_step("b", 12), at_step("b", 9, 7), committed(2), now=5.3)
     world = happen(world, at_step("a", 1, 2), at_step("b", 1, 2), now=8.0)
-    world = happen(world, at_step("a", 20), now=9.0)
-    assert world.incidents[0].steps_lost == 12
+    assert world.incidents[0].steps_lost == 12, "those that all have made that are left"
+    world = happen(world, at_step("a", 20), at_step("b", 20), now=9.0)
+    assert world.incidents[0].steps_lost == 12, "it is over"
+
+
+def test_steps_lost_in_two_recoveries_count_once() -> None:
+    """The second generation fails before its first step: what the first one had made is what is lost."""
+    world = happen(training(step=10), failed("a", 0), proposed(formation("ab", 2)), now=5.0)
+    world = happen(world, at_step("a", 12), at_step("b", 12), committed(2), ready("a", 2), ready("b", 2), now=6.0)
+    world = happen(world, failed("a", 0, generation=2), proposed(formation("ab", 3)), now=7.0)
+    world = happen(world, at_step("a", 0, 2), at_step("b", 0, 2), committed(3), now=8.0)
+    world = happen(world, at_step("a", 1, 3), at_step("b", 1, 3), now=9.0)
+    (incident,) = world.incidents
+    assert (incident.generation, incident.steps_lost, incident.downtime) == (1, 12, 4.0)
+
+
+def test_a_new_leader_learns_from_the_others_how_far_they_were() -> None:
+    """Its journal had not been told of the last steps when its predecessor died."""
+    world = happen(training("abc", step=10), began("abc", term=2, takeover=True), now=20.0)
+    world = happen(world, joined("b", number=2), joined("c", number=2), now=20.1)
+    world = happen(world, at_step("b", 14), at_step("c", 14), now=20.2)
+    world = happen(world, proposed(formation("bc", 102, term=2)), committed(102), now=20.3)
+    world = happen(world, at_step("b", 1, 102), at_step("c", 1, 102), now=21.0)
+    (incident,) = world.incidents
+    assert (incident.generation, incident.steps_lost) == (1, 14)
 
 
 def test_a_plain_command_has_resumed_when_it_is_started() -> None:
@@ -258,6 +279,11 @@ def test_numbers_that_a_lost_leader_may_have_used_are_skipped() -> None:
     assert happen(concluded, began("ab", term=2, allocation="7.1")).generation == 1
     # a term in between has left no trace at all
     assert happen(concluded, began("ab", term=3, allocation="7.1")).generation == 1 + UNWRITTEN
+
+
+def test_an_incident_of_the_leader_began_when_it_was_lost() -> None:
+    lost = happen(training(), replace(began("ab", term=2, takeover=True), leaderless=6.0), now=30.0)
+    assert lost.incidents[0].detected_at == 24.0
 
 
 def test_a_takeover_names_the_leader_whatever_else_is_open() -> None:
