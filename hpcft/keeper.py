@@ -123,7 +123,7 @@ class _Part:
 class Keeper:
     def __init__(self, agent_argv: Sequence[str], slots: int, preload: Sequence[str]) -> None:
         self._agent_argv = list(agent_argv)
-        self._pool_arguments = [argument for module in preload for argument in ("--preload", module)]
+        self._pool_arguments = _preload_options(preload)
         self._page = NodePage.create(slots)
         self._agent = _Part("agent")
         self._pool = _Part("pool")
@@ -297,19 +297,24 @@ def _say(text: str) -> None:
             os.write(2, f"hpcft keeper: {text}\n".encode())
 
 
-def become(agent_argv: Sequence[str], *, slots: int) -> NoReturn:
+def become(agent_argv: Sequence[str], *, slots: int, preload: Sequence[str] = ()) -> NoReturn:
     """Go on as the keeper of this node, in a fresh interpreter with the same pid. Its exit status is the agent's."""
     sys.stdout.flush()
     sys.stderr.flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "hpcft.keeper", "--slots", str(slots), "--", *agent_argv])
+    options = ["--slots", str(slots), *_preload_options(preload)]
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "hpcft.keeper", *options, "--", *agent_argv])
+
+
+def _preload_options(preload: Sequence[str]) -> list[str]:
+    return [argument for module in preload for argument in ("--preload", module)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Keep a node until its agent ends for good, and return the exit status. Takes over this process."""
     parser = argparse.ArgumentParser(prog="python -m hpcft.keeper")
     parser.add_argument("--slots", type=int, required=True, help="workers that the node may have")
-    parser.add_argument("--preload", action="append", default=[], metavar="MODULE")
+    parser.add_argument("--preload", action="append", default=[], metavar="MODULE", help="handed to the pool")
     parser.add_argument("agent", nargs="+", help="the agent's command line, after --")
     options = parser.parse_args(arguments)
     become_subreaper()

@@ -100,7 +100,7 @@ def keep(config: Config, *, from_step: int | None = None) -> NoReturn:
         checkpoint_read.of_step(directory.checkpoints, Step(from_step))
     orders = Orders(config, Step(from_step) if from_step is not None else None)
     command = [sys.executable, "-P", "-m", "hpcft.node", orders.to_text()]
-    keeper.become(command, slots=slots)
+    keeper.become(command, slots=slots, preload=config.job.preload)
 
 
 def run_directory(config: Config) -> RunDirectory:

@@ -338,7 +338,6 @@ class Workers:
                 self._ready.set()
                 self._on_pool(PoolReady(message["pid"], message["seconds"], message["warm"]))
             case "unsafe" | "missing" as kind:
-                log.warning("preloaded module %s: %s", message["module"], message["reason"])
                 self._on_pool(PreloadFault(message["module"], message["reason"], unsafe=kind == "unsafe"))
             case "spawned" if worker is not None:
                 worker.pid = message["pid"]

@@ -29,6 +29,10 @@ def _program_list(value: tuple[str, ...]) -> tuple[str, ...]:
 def _dotted_name(value: str) -> str:
     if value.endswith(".py") or "/" in value:
         raise ValueError(f"{value!r} is a file; give it as job.script")
+    return _module_name(value)
+
+
+def _module_name(value: str) -> str:
     if not all(part.isidentifier() for part in value.split(".")):
         raise ValueError(f"{value!r} is not the dotted name of a module, such as 'mypackage.train'")
     return value
@@ -63,6 +67,7 @@ PROGRAMS = ("module", "script", "command")
 
 _Path: TypeAlias = Annotated[Path, Field(strict=False)]
 _Strings: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
+_Modules: TypeAlias = Annotated[tuple[Annotated[str, AfterValidator(_module_name)], ...], Field(strict=False)]
 
 
 class _Section(BaseModel):
@@ -108,6 +113,13 @@ class JobSection(_Section):
     )
     args: _Strings = Field(
         (), description="Arguments of the program, each one text: `sys.argv[1:]` of a module or script."
+    )
+    preload: _Modules = Field(
+        (),
+        description='Modules, such as `["torchvision"]`, that each node imports once, beside torch, before it forks '
+        "workers: what all would import anyway is then there when they start. The agent's log names one that cannot "
+        "be imported, and one that does not survive a fork: then workers start without what was imported. Of no use "
+        "to `command`.",
     )
 
     @model_validator(mode="after")

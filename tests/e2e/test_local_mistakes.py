@@ -94,3 +94,25 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_not_replaced_silently(tmp_pa
     with run.start("--from", "20"):
         run.ends(16)
     assert "the checkpoint of step 20 is damaged" in run.said()
+
+
+def test_a_module_that_cannot_be_preloaded_is_named_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "early.py").write_text("import os\nIMPORTED_BY = os.getpid()\n")
+    (tmp_path / "train.py").write_text(
+        "import os, early, hpcft, torch\n"
+        "def train(run):\n"
+        "    run.restore(model=torch.nn.Linear(1, 1))\n"
+        "    print('imported by the pool:', early.IMPORTED_BY == os.getppid())\n"
+        "hpcft.main(train)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    settings = {"job.script": str(tmp_path / "train.py"), "job.preload": ["no_such_module", "early"]}
+    with LocalRun(tmp_path, settings, nodes=1, workers=2).start() as run:
+        status = run.ends(0)
+    assert status["incidents"] == [] and status["generation"] == 1
+    logs = run.directory / "logs" / "node1"
+    assert "no_such_module is not imported: ModuleNotFoundError" in (logs / "agent.log").read_text()
+    for rank in range(2):
+        assert "imported by the pool: True" in (logs / f"g0001-rank{rank:04}.log").read_text()

@@ -53,8 +53,8 @@ def test_defaults(written: Path, tmp_path: Path) -> None:
 
 def test_a_file_sets_values(written: Path) -> None:
     written.write_text(
-        MINIMAL
-        + 'args = ["--fast"]\npreload = ["torchvision", "a.b"]\n[heartbeat]\ninterval = "100ms"\n[checkpoint]\nevery = "60s"\n'
+        MINIMAL + 'args = ["--fast"]\npreload = ["torchvision", "a.b"]\n'
+        '[heartbeat]\ninterval = "100ms"\n[checkpoint]\nevery = "60s"\n'
         '[logs]\nmax_size = "1MiB"\n[train]\nlr = 3e-3\nsteps = 5\nbetas = [0.9, 0.95]\nname = "x"\nflag = true\n'
     )
     config = load(written)
