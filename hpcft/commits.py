@@ -63,7 +63,8 @@ class Commits:
         self._deliver = deliver
         self._formation: Formation | None = None
         self._reports: dict[Step, dict[Rank, ShardReport]] = {}
-        self._given_up: set[Step] = set()
+        self._settled: set[Step] = set()
+        """Saves of which the last word has been spoken: what is said of them again changes nothing."""
         self._parent: str | None = None  # the thread's: the newest checkpoint of the lineage
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="hpcft-commit", daemon=True)
@@ -73,19 +74,20 @@ class Commits:
         """From now on only this generation's saves count; what earlier ones left unfinished is cleaned up."""
         self._formation = formation
         self._reports.clear()
-        self._given_up.clear()
+        self._settled.clear()
         self._jobs.put(lambda: self._turn_to(formation))
 
     def reported(self, generation: Generation, step: Step, rank: Rank, report: Mapping[str, Any]) -> None:
-        """Rank `rank` has made its files of `step` durable."""
+        """Rank `rank` has made its files of `step` durable. It may say so again, when a connection was lost."""
         formation = self._formation
-        if formation is None or formation.generation != generation or step in self._given_up:
+        if formation is None or formation.generation != generation or step in self._settled:
             return
         reports = self._reports.setdefault(step, {})
         reports[rank] = ShardReport.parse(report)
         if len(reports) < formation.world_size:
             return
         del self._reports[step]
+        self._settled.add(step)
         for older in [each for each in self._reports if each < step]:
             missing = sorted(set(range(formation.world_size)) - self._reports[older].keys())
             self._give_up(formation, older, f"ranks {missing} have not saved step {older}")
@@ -117,9 +119,9 @@ class Commits:
 
     def _give_up(self, formation: Formation, step: Step, reason: str) -> None:
         self._reports.pop(step, None)
-        if step in self._given_up:
+        if step in self._settled:
             return
-        self._given_up.add(step)
+        self._settled.add(step)
         name = checkpoint_name(step, formation.generation)
         self._jobs.put(lambda: retention.discard(self._root, name, formation.nonce))
         self._deliver(CheckpointFailed(step, formation.generation, reason))

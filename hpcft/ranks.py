@@ -82,6 +82,8 @@ class Ranks:
         self._ranks: dict[str, _Rank] = {}
         self._progress: tuple[Generation, Step] | None = None
         self._outcomes: list[Event] = []
+        self._saves: dict[Rank, Mapping[str, Any]] = {}
+        """What was last told of each rank's saves."""
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -95,6 +97,7 @@ class Ranks:
         self._formation = formation
         self._ranks = {}
         self._outcomes = []
+        self._saves = {}
         specs = {}
         for slot, rank in enumerate(member.ranks()):
             self._page.clear_slot(slot)
@@ -108,6 +111,7 @@ class Ranks:
         self._formation = None
         self._ranks = {}
         self._outcomes = []
+        self._saves = {}
 
     def report_last(self) -> None:
         """Nobody trains here: how far the last ones were, before this agent perhaps, is what a recovery loses."""
@@ -123,6 +127,8 @@ class Ranks:
             self.report_last()
         self._progress = None
         self.report_progress()
+        for message in self._saves.values():
+            self._tell(message)
         for event in self._outcomes:
             self._say(event)
 
@@ -156,11 +162,15 @@ class Ranks:
             case {"kind": "ready"}:
                 self._became_ready(rank, formation)
             case {"kind": "shard", "step": step, "report": report}:
-                self._tell({"shard": {**about, "step": step, "report": report}})
+                self._tell_save(rank.rank, {"shard": {**about, "step": step, "report": report}})
             case {"kind": "save_failed", "step": step, "reason": reason}:
-                self._tell({"save_failed": {**about, "step": step, "reason": reason}})
+                self._tell_save(rank.rank, {"save_failed": {**about, "step": step, "reason": reason}})
             case {"kind": kind}:
                 rank.last_words[str(kind)] = message
+
+    def _tell_save(self, rank: Rank, message: Mapping[str, Any]) -> None:
+        self._saves[rank] = message
+        self._tell(message)
 
     def _became_ready(self, rank: _Rank, formation: Formation) -> None:
         rank.ready = True

@@ -104,6 +104,18 @@ def test_a_straggler_costs_nothing(tmp_path: Path) -> None:
     assert left(tmp_path) == [(200, 1), (250, 3)]
 
 
+def test_what_is_reported_again_is_committed_once(tmp_path: Path) -> None:
+    """An agent repeats its last words when its connection was lost, for some of them may have been lost with it."""
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(1, None))
+        report(commits, tmp_path, 100, 1)
+        commits.reported(Generation(1), Step(100), Rank(0), {"not": "looked at"})
+        commits.failed(Generation(1), Step(100), Rank(0), "too late")
+        report(commits, tmp_path, 200, 1)
+        events = [next_event(), next_event()]
+    assert [getattr(event, "checkpoint", event) for event in events] == [ref(100), ref(200)]
+
+
 def test_what_the_lineage_does_not_know_yet_stays(tmp_path: Path) -> None:
     """The next commit is through before the world has answered to the last one."""
     with thread(tmp_path, keep=1) as (commits, next_event):

@@ -1,0 +1,106 @@
+"""What a node says of its ranks, and says again when it may not have been heard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcft.config import Config
+from hpcft.events import Event, Formation, Member, Progressed, WorkerReturned, WorkersReady
+from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
+from hpcft.page import NodePage, Phase
+from hpcft.ranks import Assignment, Ranks
+from hpcft.workers import WorkerExited, WorkerSaid, WorkerSpawned
+
+NODE = NodeId("node1")
+FORMATION = Formation(
+    Term(1),
+    Generation(3),
+    (
+        Member(NodeId("node0"), Incarnation("x"), "10.0.0.1", 2, Rank(0)),
+        Member(NODE, Incarnation("a"), "10.0.0.2", 2, Rank(2)),
+    ),
+    None,
+    "0",
+)
+
+
+class Agent:
+    """One life of an agent, which keeps what its ranks let it say."""
+
+    def __init__(self, page: NodePage) -> None:
+        config = Config.model_validate({"run": {"name": "r"}, "job": {"script": "train.py"}})
+        self.events: list[Event] = []
+        self.messages: list[Mapping[str, Any]] = []
+        assignment = Assignment(RunId("r"), Path("/runs/r"), NODE, "10.0.0.2", (), config)
+        self.ranks = Ranks(assignment, Incarnation("a"), page, self.events.append, self.messages.append)
+
+    def begin(self, formation: Formation = FORMATION) -> list[str]:
+        names = list(self.ranks.begin(formation, ("10.0.0.1", 1)))
+        for pid, name in enumerate(names, start=100):
+            self.ranks.see(WorkerSpawned(name, pid))
+        return names
+
+
+@pytest.fixture
+def page() -> Iterator[NodePage]:
+    page = NodePage.create(2)
+    yield page
+    page.close()
+
+
+def reach(page: NodePage, *steps: int) -> None:
+    for slot, step in enumerate(steps):
+        page.slot(slot).set_phase(Phase.TRAIN)
+        page.slot(slot).end_update(step, 0.5, 1, 1)
+
+
+def test_all_that_counts_is_said_again(page: NodePage) -> None:
+    agent = Agent(page)
+    first, second = agent.begin()
+    for name in (first, second):
+        agent.ranks.see(WorkerSaid(name, {"kind": "ready"}))
+    reach(page, 9, 9)
+    for step in (5, 9):
+        agent.ranks.see(WorkerSaid(first, {"kind": "shard", "step": step, "report": {"step": step}}))
+    agent.ranks.see(WorkerSaid(second, {"kind": "save_failed", "step": 9, "reason": "disk full"}))
+    agent.ranks.see(WorkerExited(first, 100, 0, "exit 0"))
+    agent.events.clear()
+    agent.messages.clear()
+
+    agent.ranks.repeat()
+    assert [type(event) for event in agent.events] == [Progressed, WorkersReady, WorkerReturned]
+    assert agent.messages == [
+        {"shard": {"generation": 3, "rank": 2, "step": 9, "report": {"step": 9}}},
+        {"save_failed": {"generation": 3, "rank": 3, "step": 9, "reason": "disk full"}},
+    ]
+
+
+def test_the_ended_are_silent_but_for_how_far_they_were(page: NodePage) -> None:
+    agent = Agent(page)
+    first, _ = agent.begin()
+    reach(page, 12, 11)
+    agent.ranks.forget()
+    agent.ranks.see(WorkerExited(first, 100, -9, "SIGKILL", asked=True))
+    assert agent.events == []
+    agent.ranks.report_last()
+    assert agent.events == [Progressed(NODE, Generation(3), Step(11), None)]
+
+
+def test_the_next_agent_knows_how_far_the_workers_of_the_last_one_were(page: NodePage) -> None:
+    killed = Agent(page)
+    killed.begin()
+    reach(page, 12, 12)
+    again = Agent(page)
+    again.ranks.repeat()
+    assert again.events == [Progressed(NODE, Generation(3), Step(12), None)]
+
+
+def test_a_node_that_never_trained_has_nothing_to_say(page: NodePage) -> None:
+    agent = Agent(page)
+    agent.ranks.repeat()
+    agent.ranks.report_last()
+    assert agent.events == [] and agent.messages == []
