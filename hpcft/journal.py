@@ -101,7 +101,7 @@ def replay(directory: Path) -> Replayed:
         for number, line in enumerate(data.splitlines()[1:], start=2):
             try:
                 record = orjson.loads(line)
-                clock, written = float(record["at"]), datetime.fromisoformat(record["wall"])
+                clock, written = float(record["at"]), datetime.fromisoformat(record["wall"]).astimezone(UTC)
                 event = wire.decode_event(record["event"])
                 world = apply(world, event, clock)
             except (ValueError, KeyError, TypeError) as error:

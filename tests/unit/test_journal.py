@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import resource
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -115,6 +118,27 @@ async def test_progress_is_thinned_but_every_decision_sees_the_steps_it_was_made
     assert (replayed.fruitless, replayed.high_step, replayed.step) == (0, world.high_step, world.step)
     lines = b"".join(path.read_bytes() for path in files(tmp_path)).count(b"Progressed")
     assert lines < len(events) / 5
+
+
+async def test_every_line_says_when_it_was_written_in_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "HERE-05:30")
+    time.tzset()
+    try:
+        before = datetime.now(UTC)
+        await write(tmp_path, 1, [(0.0, begin(1)), *((1.0, each) for each in form(1))])
+        (path,) = files(tmp_path)
+        walls = [orjson.loads(line)["wall"] for line in path.read_bytes().splitlines()[1:]]
+        assert len(walls) > 2
+        assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", wall) for wall in walls), walls
+        written = replay(tmp_path).written
+        assert written == datetime.fromisoformat(walls[-1])
+        assert abs((written - before).total_seconds()) < 60
+        # without an offset, as lines were written before, it is this machine's own time
+        path.write_bytes(path.read_bytes().replace(walls[-1].encode(), b"2026-01-01T05:30:00"))
+        assert replay(tmp_path).written == datetime(2026, 1, 1, tzinfo=UTC)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 async def test_a_torn_last_line_is_ignored(tmp_path: Path) -> None:
