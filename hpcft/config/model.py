@@ -172,7 +172,8 @@ class HeartbeatSection(_Section):
         parse_duration("2s"),
         gt=0,
         description="A node silent for this long is suspect: no new world is formed, with it or without it, until "
-        "it speaks again or is evicted. At least twice `heartbeat.interval`.",
+        "it speaks again or is evicted, and another agent is asked to look at it. At least twice "
+        "`heartbeat.interval`.",
     )
     timeout: Duration = Field(
         parse_duration("5s"),
