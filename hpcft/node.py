@@ -352,6 +352,7 @@ def _start_logging(directory: RunDirectory, node: NodeId, limits: LogLimits) -> 
 def main() -> int:
     """The agent's process, started by the keeper; returns its exit code."""
     finish: Callable[[], None] = lambda: logging.shutdown()
+    inherited: keeper.Inherited | None = None
     try:
         inherited = keeper.Inherited.take(os.environ)
         if inherited is None:
@@ -372,17 +373,22 @@ def main() -> int:
         log.info("agent ends with code %d: %s", ended.code, ended.reason)
         return ended.code
     except HpcftError as error:
-        log.error("%s", error)
-        return int(error.exit_code)
+        return _failed(error, inherited)
     except Exception as error:  # the top of this process: what is left is a defect, or an error out of a task
         known = _known(error)
         if known is None:
             log.exception("the agent failed: a defect of hpcft")
             return int(ExitCode.INTERNAL)
-        log.error("%s", known)
-        return int(known.exit_code)
+        return _failed(known, inherited)
     finally:
         finish()
+
+
+def _failed(error: HpcftError, inherited: keeper.Inherited | None) -> int:
+    """A node that has been of use may be so again: what an agent's later life cannot use, its next one may."""
+    again = error.exit_code == ExitCode.UNUSABLE and inherited is not None and inherited.life > 1
+    log.error("%s%s", error, "; another agent tries again" if again else "")
+    return keeper.AGENT_RESTART if again else int(error.exit_code)
 
 
 def allow_connections() -> None:

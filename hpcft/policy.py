@@ -53,6 +53,10 @@ CAUSE_SECONDS = 0.5
 """Where all that is known is a broken collective, its cause is waited for: a core dump delays the report of it."""
 
 
+EXAMINE_SECONDS = 600.0
+"""How long the leader may take to read a checkpoint that a rank found damaged, before that is tried again as it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """The configured limits. Seconds where not said otherwise."""
@@ -302,13 +306,15 @@ def _recover(world: World, rules: Rules, now: float, what: str) -> Decided:
     if damaged is not None and world.formation is not None and world.formation.restore is not None:
         checkpoint = world.formation.restore
         if world.examined is None:
-            if world.suspected is not None:
+            if world.suspected is None:
+                return Decided(
+                    (Quarantine(checkpoint, damaged.failure.what),),
+                    f"rank {damaged.rank} on {damaged.node} finds the checkpoint of step {checkpoint.step} damaged "
+                    f"({damaged.failure.what}): the leader looks at it before it is set aside",
+                )
+            if world.broken_at is None or now < world.broken_at + EXAMINE_SECONDS:
                 return NOTHING  # the leader is looking at it
-            return Decided(
-                (Quarantine(checkpoint, damaged.failure.what),),
-                f"rank {damaged.rank} on {damaged.node} finds the checkpoint of step {checkpoint.step} damaged "
-                f"({damaged.failure.what}): the leader looks at it before it is set aside",
-            )
+            what = f"{what}, and the leader has not read it in {human_duration(EXAMINE_SECONDS)}"
         if isinstance(world.examined, CheckpointDamaged) and (checkpoint == world.asked or not world.checkpoints):
             return _stop_damaged(world, what)
     if suspects(world, rules, now):
