@@ -113,7 +113,7 @@ class _Launcher:
 
     def _one_start(self, number: int) -> Verdict:
         start = _Start(number, f"{self._job}.{number}")
-        reporter = Reporter(self._say)
+        reporter = Reporter(self._say, counts_steps=self._config.job.command is None)
         try:
             for index in range(self._count):
                 start.nodes.append(self._boot(start, index))

@@ -9,13 +9,19 @@ from typing import Any
 from hpcft.units import human_duration
 
 _LINE_SECONDS = 2.0
+_STATE_SECONDS = 10.0
+"""Where there is nothing to say but that time goes by."""
 
 
 class Reporter:
-    """Turns successive snapshots of `status.json` into lines; says nothing twice."""
+    """Turns successive snapshots of `status.json` into lines; says nothing twice.
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    Without `counts_steps` it is a plain command's run, of whose steps nothing is known.
+    """
+
+    def __init__(self, say: Callable[[str], None], *, counts_steps: bool = True) -> None:
         self._say = say
+        self._counts_steps = counts_steps
         self._state = ""
         self._generation = 0
         self._checkpoints: set[tuple[int, int]] = set()
@@ -40,14 +46,25 @@ class Reporter:
             if _checkpoint(each) not in self._checkpoints:
                 self._checkpoints.add(_checkpoint(each))
                 self._say(f"checkpoint  step {each['step']} is durable")
-        if status["state"] != self._state:
-            self._state = status["state"]
-            if status["verdict"] is not None:
-                self._say(_summary(status))
+        changed = status["state"] != self._state
+        self._state = status["state"]
+        if status["verdict"] is not None:
+            if changed:
+                self._say(_summary(status, self._counts_steps))
                 self._say_last_words(status)
-        elif status["state"] == "training" and time.monotonic() > self._line_at + _LINE_SECONDS:
-            self._line_at = time.monotonic()
-            self._say(_line(status))
+        elif self._counts_steps:
+            if self._state == "training" and not changed and self._is_due(_LINE_SECONDS):
+                self._say(_line(status))
+        elif self._is_due(0.0 if changed else _STATE_SECONDS):
+            self._say(f"{self._state}  {human_duration(status['elapsed_seconds'])}")
+
+    def _is_due(self, seconds: float) -> bool:
+        """Whether the last line that came by time is so long ago; then the next one comes now."""
+        now = time.monotonic()
+        if now < self._line_at + seconds:
+            return False
+        self._line_at = now
+        return True
 
     def _say_last_words(self, status: Mapping[str, Any]) -> None:
         """Of the worker for which the run was given up: the reason is there, more often than not."""
@@ -91,11 +108,11 @@ def _line(status: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def _summary(status: Mapping[str, Any]) -> str:
-    verdict = status["verdict"]
-    goodput = "unknown" if status["goodput"] is None else f"{status['goodput']:.1%}"
-    loss = "" if status["loss"] is None else f", final loss {status['loss']:.4f}"
-    return (
-        f"{verdict['outcome']}  {verdict['reason']}{loss}, goodput {goodput} of "
-        f"{human_duration(status['elapsed_seconds'])}, {len(status['incidents'])} incidents"
-    )
+def _summary(status: Mapping[str, Any], counts_steps: bool) -> str:
+    verdict, elapsed = status["verdict"], human_duration(status["elapsed_seconds"])
+    took = f"in {elapsed}"
+    if counts_steps:
+        goodput = "unknown" if status["goodput"] is None else f"{status['goodput']:.1%}"
+        loss = "" if status["loss"] is None else f"final loss {status['loss']:.4f}, "
+        took = f"{loss}goodput {goodput} of {elapsed}"
+    return f"{verdict['outcome']}  {verdict['reason']}, {took}, {len(status['incidents'])} incidents"
