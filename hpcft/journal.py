@@ -44,6 +44,9 @@ log = logging.getLogger("hpcft.journal")
 
 FORMAT = 1
 PROGRESS_SECONDS = 5.0
+"""Between two records of all nodes' progress, or longer with many nodes:"""
+PROGRESS_LINES_PER_SECOND = 1.0
+"""a thousand nodes for a day would else be 17 million lines, which the next leader has to read before it can lead."""
 EARLY_PROGRESS = 3
 """So many reports of a node in a new generation are written as they come: they say when an incident was over."""
 UNSYNCED_BYTES = 1 << 20
@@ -175,7 +178,8 @@ class Journal:
             generation, written = self._early.get(event.node, (event.generation, 0))
             written = written + 1 if generation == event.generation else 1
             self._early[event.node] = (event.generation, written)
-            if written > EARLY_PROGRESS and at < self._progress_at + PROGRESS_SECONDS:
+            pause = max(PROGRESS_SECONDS, len(self._early) / PROGRESS_LINES_PER_SECOND)
+            if written > EARLY_PROGRESS and at < self._progress_at + pause:
                 return
             self._progress_at = at
             self._write_held()

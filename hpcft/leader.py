@@ -42,11 +42,13 @@ from hpcft.events import (
     LeaseRenewed,
     NodeHeard,
     NodeJoined,
+    NodeReported,
     Order,
     OrderSave,
     Outcome,
     Prepare,
     Probe,
+    Progressed,
     Propose,
     Quarantine,
     Requeue,
@@ -89,6 +91,10 @@ REPEAT_SECONDS = 2.0
 """An ordered save that came too late for some rank is ordered again, further ahead, after this long."""
 SAVE_LEAD_SECONDS = 0.6
 """An ordered save lies this far ahead, so that every rank has read the order before the step comes."""
+
+
+PLENTIFUL = NodeHeard | NodeReported | Progressed
+"""A thousand nodes say these some thousand times a second."""
 
 
 class SteppedDown(Exception):
@@ -250,6 +256,8 @@ class Leader:
         if isinstance(event, CheckpointCommitted) and event.checkpoint in self.world.checkpoints:
             self._commits.retain(self.world.checkpoints)
         self._journal.append(event, now)
+        if isinstance(event, PLENTIFUL):
+            return  # nothing that the next tick would not decide as well
         for _ in range(DECISIONS_PER_EVENT):
             decided = decide(self.world, self._rules, now)
             if not decided.actions:

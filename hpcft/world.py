@@ -20,7 +20,7 @@ forgotten whenever a term begins.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final, assert_never
 
@@ -208,7 +208,7 @@ class World:
     """A node can never acknowledge the current formation: its number, or a higher one, was promised elsewhere."""
     lease_renewed: bool = False
     ready: frozenset[NodeId] = frozenset()
-    progress: tuple[tuple[NodeId, Step], ...] = ()
+    progress: Mapping[NodeId, Step] = field(default_factory=dict)
     reports: tuple[NodeReported, ...] = ()
     failures: tuple[WorkerFailed, ...] = ()
     """Of the current generation, in the order they were reported."""
@@ -229,7 +229,7 @@ class World:
     """A rank found it damaged, and the leader is looking at it."""
     examined: CheckpointDamaged | CheckpointKept | None = None
     """What the leader has found of the checkpoint that this generation was to start from."""
-    losses: tuple[tuple[NodeId, float], ...] = ()
+    losses: Mapping[NodeId, float] = field(default_factory=dict)
     """Of each member's last step."""
     undone: Undone | None = None
     # history: carried by the journal
@@ -280,15 +280,16 @@ class World:
         """The last step completed by all workers of the generation."""
         if self.formation is None or not self.progress:
             return self.base_step
-        steps = dict(self.progress)
-        return Step(min(steps.get(member.node, self.base_step) for member in self.formation.members))
+        complete = len(self.progress) == len(self.formation.members)
+        return min(self.progress.values()) if complete else self.base_step
 
     @property
     def loss(self) -> float | None:
         """The mean over the ranks, as far as it is known."""
         if self.formation is None:
             return None
-        known = [(loss, member.workers) for node, loss in self.losses if (member := self.formation.member(node))]
+        members = {member.node: member.workers for member in self.formation.members}
+        known = [(loss, members[node]) for node, loss in self.losses.items() if node in members]
         ranks = sum(workers for _, workers in known)
         return sum(loss * workers for loss, workers in known) / ranks if ranks else None
 
@@ -528,14 +529,11 @@ def _ready(world: World, event: WorkersReady, now: float) -> World:
 def _progress(world: World, event: Progressed, now: float) -> World:
     if not _current(world, event.generation):
         return _progress_of_the_undone(world, event)
-    progress = dict(world.progress)
-    progress[event.node] = max(event.step, progress.get(event.node, world.base_step))
+    reached = max(event.step, world.progress.get(event.node, world.base_step))
     world = replace(
         world,
-        progress=tuple(sorted(progress.items())),
-        losses=world.losses
-        if event.loss is None
-        else tuple(sorted({**dict(world.losses), event.node: event.loss}.items())),
+        progress={**world.progress, event.node: reached},
+        losses=world.losses if event.loss is None else {**world.losses, event.node: event.loss},
     )
     step = world.step
     if step > world.base_step and world.training_since is None:
@@ -749,7 +747,7 @@ def _carry_out(world: World, decided: Decided, now: float) -> World:
                     refused=False,
                     lease_renewed=False,
                     ready=frozenset(),
-                    progress=(),
+                    progress={},
                     reports=(),
                     failures=(),
                     returned=frozenset(),

@@ -43,6 +43,7 @@ from hpcft.events import (
 )
 from hpcft.ids import NodeId, RunId, Step
 from hpcft.journal import is_journaled
+from hpcft.leader import PLENTIFUL
 from hpcft.membership import may_lead
 from hpcft.terms import TermLease, TermRecord
 from hpcft.world import Phase, World, apply
@@ -127,6 +128,8 @@ class SimulatedLeader:
     def _take(self, event: Event) -> None:
         now = self.now()
         self._apply(event, now)
+        if isinstance(event, PLENTIFUL):
+            return
         for _ in range(DECISIONS_PER_EVENT):
             decided = policy.decide(self.world, self.rules, now)
             if not decided.actions:

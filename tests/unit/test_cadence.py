@@ -15,7 +15,7 @@ FORMATION = Formation(Term(1), Generation(1), (MEMBER,), None, "0")
 
 
 def at(step: int, *, base: int = 0, since: float | None = 0.0) -> World:
-    progress = ((NodeId("a"), Step(step)),)
+    progress = {NodeId("a"): Step(step)}
     return World(formation=FORMATION, progress=progress, base_step=Step(base), training_since=since)
 
 

@@ -120,6 +120,18 @@ async def test_progress_is_thinned_but_every_decision_sees_the_steps_it_was_made
     assert lines < len(events) / 5
 
 
+async def test_the_progress_of_many_nodes_stays_readable(tmp_path: Path) -> None:
+    """An hour of a thousand nodes at a step a second would be 3.6 million lines, for the next leader to read."""
+    nodes = [NodeId(f"n{number}") for number in range(200)]
+    events: list[tuple[float, Event]] = [(0.0, begin(1))]
+    events += [
+        (float(second), Progressed(node, Generation(1), Step(second), None)) for second in range(600) for node in nodes
+    ]
+    await write(tmp_path, 1, events)
+    lines = b"".join(path.read_bytes() for path in files(tmp_path)).count(b"Progressed")
+    assert len(nodes) < lines < 600 + 10 * len(nodes)
+
+
 async def test_every_line_says_when_it_was_written_in_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "HERE-05:30")
     time.tzset()
