@@ -33,6 +33,10 @@ EXACT: Mapping[str, Any] = {
 """Eight ranks, several DDP buckets, BatchNorm, dropout, augmentation: what shows the last bit."""
 
 
+SLOW: Mapping[str, Any] = {**EXACT, "train.steps": 200, "train.pause": 0.3, "train.brake": "its own"}
+"""The same, for a minute or longer, until `SlurmRun.hurry`."""
+
+
 class SlurmRun:
     def __init__(self, cluster: Cluster, name: str, settings: Mapping[str, Any], *, place: Path | None = None) -> None:
         self.cluster = cluster
@@ -42,7 +46,11 @@ class SlurmRun:
         self.digest = cluster.shared / f"{name}.digest"
         self.output = cluster.shared / f"{name}.out"
         self.job = ""
+        self.brake = cluster.shared / f"{name}.brake"
         everything = {"run.name": name, "run.root": str(self.root), "train.out": str(self.digest), **settings}
+        if "train.brake" in settings:
+            self.brake.touch()
+            everything["train.brake"] = str(self.brake)
         self.config = cluster.shared / f"{name}.toml"
         self.config.write_text(_toml(everything))
 
@@ -51,6 +59,10 @@ class SlurmRun:
         arguments = (f"--nodes={nodes}", f"--output={self.output}", *options, "slurm/train.sbatch", str(self.config))
         self.job = self.cluster.sbatch(*arguments, cwd=REPOSITORY, env=environment)
         return self
+
+    def hurry(self) -> None:
+        """What was to be seen of a slow run has been seen."""
+        self.brake.unlink()
 
     # --- watching ---
 

@@ -34,6 +34,8 @@ class Settings:
     width: int = 384
     pause: float = 0.0
     """Seconds to sleep in each step, so that it can be hit by something."""
+    brake: str = ""
+    """The pause is made only while this file exists, if one is named."""
 
 
 class Noisy:
@@ -86,7 +88,7 @@ def train(run: hpcft.Run) -> None:
             loss = functional.cross_entropy(replica(points), labels)
             run.backward(loss)
             completed = run.update(optimizer, loss=loss, scheduler=scheduler, tokens=len(labels))
-            if completed and settings.pause:
+            if completed and settings.pause and (not settings.brake or Path(settings.brake).exists()):
                 time.sleep(settings.pause)
             if run.done(settings.steps):
                 break
