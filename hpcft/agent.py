@@ -156,6 +156,8 @@ class Agent:
         self._confirmed_at = 0.0
         self._kill_wait = station.kill_wait
         self._unreachable: TermRecord | None = None
+        self._pool = 0
+        """The pool's process."""
         self._server: stream.Server
         self._leader: Leader | None = None
         self._waiting: list[stream.Stream] | None = None
@@ -223,6 +225,7 @@ class Agent:
         # Importing torch holds the interpreter for seconds on a busy node, and with it the heartbeats: so it comes
         # first, while the pool does the same.
         await asyncio.gather(asyncio.to_thread(import_torch), self._workers.ready())
+        await self._outlast_the_undead()
         while True:
             self._look_at_lease()
             try:
@@ -261,6 +264,24 @@ class Agent:
                     await self._claim(sight, why)
                     continue
             await asyncio.sleep(SEEK_SECONDS)
+
+    async def _outlast_the_undead(self) -> None:
+        """Workers of an earlier life may hang in the kernel. Where they are, nothing can be promised, and whatever they
+        wait for is likely to catch their successors, too."""
+        named: list[int] = []
+        while left := await asyncio.to_thread(self._undead):
+            if left != named:
+                named = left
+                who = ", ".join(map(str, left))
+                log.error(
+                    "processes of an earlier life do not end (%s): this node takes no part while they are there", who
+                )
+            await asyncio.sleep(1.0)
+
+    def _undead(self) -> list[int]:
+        pool = self._pool
+        below = [*process.descendants(os.getppid(), without=[os.getpid(), pool]), *process.descendants(pool)]
+        return sorted(pid for pid in below if process.state_of(pid) not in ("", "Z"))
 
     def _is_outdated(self, holder: TermRecord) -> bool:
         """This agent outlived its start: Slurm could not reach the node when it gave the job to the queue."""
@@ -496,7 +517,8 @@ class Agent:
 
     def _see_pool(self, event: PoolEvent) -> None:
         match event:
-            case PoolReady(seconds=seconds, warm=warm):
+            case PoolReady(pid, seconds, warm):
+                self._pool = pid
                 log.info("the pool is ready after %.1f s%s", seconds, "" if warm else "; workers are exec'd")
             case PreloadFault(module, reason, unsafe):
                 log.warning("%s %s: %s", module, "does not survive a fork" if unsafe else "is not imported", reason)

@@ -178,6 +178,39 @@ def test_stopped_agent(cluster: Cluster) -> None:
     assert run.ledger().exact, run.ledger()
 
 
+def test_a_worker_that_cannot_be_killed(cluster: Cluster) -> None:
+    """One hangs in the kernel (state D), on a file system that its node has lost: the node is given up until it is rid
+    of it."""
+    data = cluster.detachable / "sample"
+    data.write_text("a sample")
+    data.chmod(0o644)
+    run = SlurmRun(cluster, "unkillable", {**SLOW, "train.look_at": str(data)}).submit()
+    run.trains(past=13)
+    theirs = {each.pid for each in run.workers(2)}
+    cluster.detach(2, "stuck")
+
+    def hanging() -> set[int]:
+        return {each.pid for each in cluster.processes(2) if each.pid in theirs and each.state == "D"}
+
+    steps = [run.status()["step"]]
+    while steps[-10:] != steps[-1:] * 10:  # one hangs, and the others wait for it
+        time.sleep(0.5)
+        steps.append(run.status()["step"])
+    run.kill_worker(3)
+    status = run.trains(generation=2)
+    assert {worker["node"] for worker in status["workers"]} == {"node1", "node3", "node4"}
+    assert hanging(), "SIGKILL has not ended it"
+    cluster.attach(2)
+    run.until(
+        "node2 as a spare",
+        lambda now: any(node["node"] == "node2" and node["state"] == "spare" for node in now["nodes"]),
+    )
+    assert not theirs & {each.pid for each in cluster.processes(2)}
+    run.hurry()
+    assert run.ends("COMPLETED", 240)["world_size"] == 6
+    assert run.ledger().exact, run.ledger()
+
+
 def test_time_limit_ahead(cluster: Cluster) -> None:
     settings = {**SLOW, "train.steps": 300, "slurm.end_lead": "30s", "checkpoint.every": "10000 steps"}
     # slurmctld looks every 30 s, and signals if the time would be there before its next look: here 30 to 60 s from the

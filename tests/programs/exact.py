@@ -36,6 +36,8 @@ class Settings:
     """Seconds to sleep in each step, so that it can be hit by something."""
     brake: str = ""
     """The pause is made only while this file exists, if one is named."""
+    look_at: str = ""
+    """A file that is read in each step, for what it lies on may hang."""
 
 
 class Noisy:
@@ -84,7 +86,10 @@ def train(run: hpcft.Run) -> None:
     model.train()
 
     if not run.done(settings.steps):
+        looked_at = Path(settings.look_at) if settings.look_at else None
         for points, labels in data:
+            if looked_at is not None:
+                looked_at.read_bytes()
             loss = functional.cross_entropy(replica(points), labels)
             run.backward(loss)
             completed = run.update(optimizer, loss=loss, scheduler=scheduler, tokens=len(labels))
