@@ -90,6 +90,7 @@ def test_killed_agents_cost_no_node(tmp_path: Path, undisturbed: Any) -> None:
         assert "its agent" in status["incidents"][0]["culprit"]
         assert {each["node"]: each["ranks"] for each in status["nodes"]} == {"node1": [0, 1], "node2": [2, 3]}
 
+        run.until("step 25 everywhere", lambda now: now["step"] == 25)
         killed_at = time.monotonic()
         os.kill(run.agent(0), signal.SIGKILL)
         status = run.ends(0)
@@ -107,7 +108,7 @@ def test_killed_agents_cost_no_node(tmp_path: Path, undisturbed: Any) -> None:
 def test_the_loss_of_the_leaders_node_is_a_requeue(tmp_path: Path, undisturbed: Any) -> None:
     out = tmp_path / "digest"
     with LocalRun(tmp_path, exact(out, strikes=("1 25 3 hold",))).start() as run:
-        run.until_recorded(25, generation=1)
+        run.until("step 25 everywhere", lambda now: now["step"] == 25)
         run.kill_node(0)
         status = run.ends(0)
     assert out.read_text() == undisturbed.digest
