@@ -64,7 +64,7 @@ from hpcft.events import (
     Verdict,
 )
 from hpcft.ids import Generation, NodeId, Rank, RunId, Step
-from hpcft.journal import Journal, Replayed
+from hpcft.journal import PROGRESS_LINES_PER_SECOND, PROGRESS_SECONDS, Journal, Replayed
 from hpcft.membership import may_lead
 from hpcft.operators import spooled
 from hpcft.policy import Rules, decide
@@ -89,6 +89,8 @@ ENDING_SECONDS = 10.0
 """Before the time limit everything of ours is over by this much."""
 REPEAT_SECONDS = 2.0
 """An ordered save that came too late for some rank is ordered again, further ahead, after this long."""
+SILENT_SLACK_SECONDS = 60.0
+"""What the run clock makes up for beyond a leader's usual silence in its journal: for slow steps, and a late disk."""
 SAVE_LEAD_SECONDS = 0.6
 """An ordered save lies this far ahead, so that every rank has read the order before the step comes."""
 
@@ -579,5 +581,8 @@ def _missed(office: Office, replayed: Replayed) -> float:
     """What the run clock has missed since the last record: within a start, all the time since it was written."""
     if replayed.written is None or replayed.world.allocation != office.allocation:
         return office.leaderless
-    # two nodes' clocks, perhaps: they agree as far as accounts need
-    return max(office.leaderless, (datetime.now(UTC) - replayed.written).total_seconds())
+    # Two nodes' clocks, perhaps. They agree as far as accounts need, or one is wrong: a leader whose workers train is
+    # not silent for longer than this.
+    silent = max(PROGRESS_SECONDS, len(office.nodes) / PROGRESS_LINES_PER_SECOND) + SILENT_SLACK_SECONDS
+    since = (datetime.now(UTC) - replayed.written).total_seconds()
+    return min(max(since, office.leaderless), office.leaderless + silent)
