@@ -28,12 +28,13 @@ from typing import Any, assert_never
 
 from hpcft import process, stream, terms, verdicts, wire
 from hpcft import secret as run_secret
-from hpcft.errors import ExitCode, UnusableError
+from hpcft.errors import DamagedError, ExitCode, HpcftError, NotFoundError, UnusableError
 from hpcft.events import (
     Confirm,
     Event,
     Formation,
     NodeHeard,
+    Outcome,
     PeerAnswered,
     Probe,
     Reach,
@@ -41,7 +42,7 @@ from hpcft.events import (
     WorldAcknowledged,
     WorldRefused,
 )
-from hpcft.ids import Generation, Incarnation, NodeId, Term
+from hpcft.ids import Generation, Incarnation, NodeId, Step, Term
 from hpcft.keeper import AGENT_RESTART, FORWARDED, Inherited
 from hpcft.leader import Leader, SteppedDown
 from hpcft.membership import (
@@ -60,11 +61,11 @@ from hpcft.membership import (
     Timing,
     may_claim,
 )
-from hpcft.page import NodePage, Order
+from hpcft.page import NodePage, Order, now_ns
 from hpcft.ranks import Ranks
 from hpcft.rundir import RunDirectory
 from hpcft.store import Heartbeat, HeartbeatWriter, import_torch
-from hpcft.terms import Sight, TermRecord, TermWatch
+from hpcft.terms import Sight, TermLease, TermRecord, TermWatch
 from hpcft.workers import Fenced, KeeperLost, PoolEvent, PoolLost, PoolReady, PreloadFault, WorkerExited, Workers
 
 log = logging.getLogger("hpcft.agent")
@@ -109,6 +110,8 @@ class Station:
     kill_wait: float
     branches: bool
     """A checkpoint to start from was named: a finished run may go on."""
+    life: int
+    """Counts the agents of this node from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,8 @@ class Agent:
         self._unreachable: TermRecord | None = None
         self._pool = 0
         """The pool's process."""
+        self._helpers: frozenset[int] = frozenset()
+        """Its children that are no workers: preloaded modules have started them."""
         self._server: stream.Server
         self._leader: Leader | None = None
         self._waiting: list[stream.Stream] | None = None
@@ -178,10 +183,11 @@ class Agent:
         self._secret = await asyncio.to_thread(run_secret.create, station.directory.secret)
         if not station.branches and await asyncio.to_thread(station.directory.finished.exists):
             return Ended(ExitCode.OK, f"the run {station.directory.name} has finished already")
+        self._server = await stream.serve(station.address, 0, self._secret, self._arrive)
+        # a handler needs the tasks below: nothing is awaited from here until they are there
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._loop.add_signal_handler(number, self._signalled, number)
         Inherited.unblock_signals()
-        self._server = await stream.serve(station.address, 0, self._secret, self._arrive)
         self._workers.open()
         self._page.lease_until_ns = 1  # long over: 0 would mean that no lease is needed
         try:
@@ -193,11 +199,13 @@ class Agent:
                     tasks.create_task(self._report(), name="report"),
                     tasks.create_task(self._see_workers(), name="workers"),
                 ]
+                if self._page.terminated_ns:
+                    self._leave()  # an earlier agent of this node was told
                 ended = await self._ending
                 for task in (*background, *self._errands):
                     task.cancel()
-                if self._presiding is not None and ended.code == AGENT_RESTART:
-                    self._presiding.cancel()  # an agent that was fenced leads nobody
+                if self._presiding is not None and not self._retiring:
+                    self._presiding.cancel()  # without a verdict: whose agent is gone leads nobody
                 if self._stream is not None:
                     self._stream.close(ended.reason)
         finally:
@@ -221,7 +229,7 @@ class Agent:
         """Find the leader, stay with it; without one, claim the term."""
         station = self._station
         watch = TermWatch(station.directory.terms)
-        said = ""
+        said: object = None
         # Importing torch holds the interpreter for seconds on a busy node, and with it the heartbeats: so it comes
         # first, while the pool does the same.
         await asyncio.gather(asyncio.to_thread(import_torch), self._workers.ready())
@@ -249,8 +257,9 @@ class Agent:
                     timing=station.timing,
                     own_past=here and holder is not None and holder.node == station.node,
                 )
-                if why != said:
-                    said = why
+                outlook = (claims, holder, sight.lease.released)
+                if outlook != said:  # the reason itself counts seconds
+                    said = outlook
                     log.info("%s", why)
                 if holder is not None and self._is_outdated(holder):
                     self._end(ExitCode.CANCELLED, f"a later start of the run, {holder.allocation}, has begun")
@@ -268,6 +277,8 @@ class Agent:
     async def _outlast_the_undead(self) -> None:
         """Workers of an earlier life may hang in the kernel. Where they are, nothing can be promised, and whatever they
         wait for is likely to catch their successors, too."""
+        if self._station.life == 1:
+            return
         named: list[int] = []
         while left := await asyncio.to_thread(self._undead):
             if left != named:
@@ -277,11 +288,13 @@ class Agent:
                     "processes of an earlier life do not end (%s): this node takes no part while they are there", who
                 )
             await asyncio.sleep(1.0)
+            await self._workers.ready()  # a new pool is not known before
 
     def _undead(self) -> list[int]:
         pool = self._pool
-        below = [*process.descendants(os.getppid(), without=[os.getpid(), pool]), *process.descendants(pool)]
-        return sorted(pid for pid in below if process.state_of(pid) not in ("", "Z"))
+        below = process.descendants(os.getppid(), without=[os.getpid(), pool])
+        below += process.descendants(pool, without=self._helpers)
+        return sorted(pid for pid in below if process.lives(pid))
 
     def _is_outdated(self, holder: TermRecord) -> bool:
         """This agent outlived its start: Slurm could not reach the node when it gave the job to the queue."""
@@ -325,8 +338,23 @@ class Agent:
             self._waiting = None
             return
         log.info("%s: this agent leads term %d", why, record.term)
-        leader = await self._lead(record, self._leaderless(sight))
+        try:
+            leader = await self._lead(record, self._leaderless(sight))
+        except (DamagedError, NotFoundError) as error:
+            await self._give_up_the_run(record, error)
+            return
         self._presiding = self._tasks.create_task(self._preside(leader), name="leader")
+
+    async def _give_up_the_run(self, record: TermRecord, error: HpcftError) -> None:
+        """What this agent cannot read as a leader, no other can: it says so for all, or they would find out in turn."""
+        station = self._station
+        verdict = Verdict(Outcome.FAILED, int(error.exit_code), str(error))
+        try:
+            await asyncio.to_thread(verdicts.write, station.directory, station.start, verdict, Step(0))
+            await asyncio.to_thread(terms.renew, station.directory.terms, record.term, TermLease(0, released=True))
+        except (OSError, terms.Deposed) as trouble:
+            log.error("the verdict could not be written: %s", trouble)
+        self._end(verdict.exit_code, verdict.reason)
 
     def _leaderless(self, sight: Sight) -> float:
         """For how many seconds nobody has led, as this node knows: it has waited for another leader's lease to run out,
@@ -388,6 +416,7 @@ class Agent:
         assert self._lifelines is not None
         self._workers.hold(self._lifelines.keeper.fileno())
         self._ranks.repeat()
+        self._tell_signals()
         self._beat()
         try:
             while True:
@@ -517,11 +546,11 @@ class Agent:
 
     def _see_pool(self, event: PoolEvent) -> None:
         match event:
-            case PoolReady(pid, seconds, warm):
-                self._pool = pid
+            case PoolReady(pid, seconds, warm, left):
+                self._pool, self._helpers = pid, left
                 log.info("the pool is ready after %.1f s%s", seconds, "" if warm else "; workers are exec'd")
-            case PreloadFault(module, reason, unsafe):
-                log.warning("%s %s: %s", module, "does not survive a fork" if unsafe else "is not imported", reason)
+            case PreloadFault(module, fault, reason):
+                log.warning("%s %s: %s", module, fault, reason)
             case Fenced():
                 log.warning("the pool has killed all workers: the lease had run out")
             case PoolLost():
@@ -605,7 +634,7 @@ class Agent:
             inquirer.close("that incarnation has ended")
             return
         log.warning("the leader does not hear this agent: %s asks for it", inquirer.hello.get("node"))
-        self._inquirers.append(inquirer)
+        self._inquirers = [each for each in self._inquirers if not each.ended] + [inquirer]
         inquirer.send({"answer": Reach.ANSWERS})
 
     # --- signals ---
@@ -614,13 +643,28 @@ class Agent:
         """Slurm warns or ends us. What that means is asked once, by the leader."""
         name = "USR1" if number == signal.SIGUSR1 else "TERM"
         log.info("received %s", signal.Signals(number).name)
-        self._tell({"signal": name})
-        if name == "TERM" and not self._leaving:
+        if name == "USR1":
+            self._page.warned_ns = self._page.warned_ns or now_ns()
+        else:
+            self._page.terminated_ns = self._page.terminated_ns or now_ns()
+        self._tell_signals()
+        if name == "TERM":
+            self._leave()
+
+    def _tell_signals(self) -> None:
+        """Whenever a leader is joined, too: nobody may have been leading when they came."""
+        for name, at in (("USR1", self._page.warned_ns), ("TERM", self._page.terminated_ns)):
+            if at:
+                self._tell({"signal": name, "age": (now_ns() - at) / 1e9})
+
+    def _leave(self) -> None:
+        if not self._leaving:
             self._leaving = True
             self._run_errand(self._leave_in_time(), "leave")
 
     async def _leave_in_time(self) -> None:
         """A verdict should come; if it does not, this node is clean before Slurm kills it."""
-        await asyncio.sleep(self._kill_wait * 0.8)
+        age = (now_ns() - self._page.terminated_ns) / 1e9
+        await asyncio.sleep(self._kill_wait * 0.8 - age)
         self._workers.kill_all()
         self._end(ExitCode.CANCELLED, "terminated, and no verdict came in time")

@@ -17,13 +17,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol, assert_never
 
 import orjson
 
-from hpcft import cadence, durable, stream
+from hpcft import cadence, durable, stream, verdicts
 from hpcft.commits import Commits
 from hpcft.errors import HpcftError, UnusableError
 from hpcft.events import (
@@ -45,7 +45,6 @@ from hpcft.events import (
     NodeReported,
     Order,
     OrderSave,
-    Outcome,
     Prepare,
     Probe,
     Progressed,
@@ -181,6 +180,7 @@ class Leader:
         self._save_order: tuple[Step, bool] | None = None
         self._saved_at = self.now()
         self._signals: set[str] = set()
+        self._requeueing: asyncio.Task[None] | None = None
         self._kill_wait: asyncio.Future[float]
         self._concluded: asyncio.Future[Verdict | SteppedDown] = self._loop.create_future()
         self._running: set[asyncio.Task[None]] = set()
@@ -253,8 +253,10 @@ class Leader:
             self._feeding = False
 
     def _take(self, event: Event) -> None:
-        now = self.now()
-        self.world = apply(self.world, event, now)
+        now, before = self.now(), self.world
+        self.world = apply(before, event, now)
+        if self.world is before and not isinstance(event, Ticked):
+            return  # no news: a late straggler, the hundredth echo of a broken collective
         if isinstance(event, CheckpointCommitted) and event.checkpoint in self.world.checkpoints:
             self._commits.retain(self.world.checkpoints)
         self._journal.append(event, now)
@@ -309,8 +311,11 @@ class Leader:
             case Quarantine(checkpoint, detail):
                 self._commits.quarantine(checkpoint, detail)
             case Requeue():
-                self._spawn(self._requeue(), "requeue")
+                assert self._tasks is not None
+                self._requeueing = self._tasks.create_task(self._requeue(), name="requeue")
             case Conclude(verdict):
+                if self._requeueing is not None:
+                    self._requeueing.cancel()  # it was accepted, refused, or is not wanted any more
                 self._spawn(self._conclude(verdict), "conclude")
             case _:
                 assert_never(action)
@@ -379,11 +384,11 @@ class Leader:
                 log.warning("unknown operator's command: %s", sorted(command))
                 return {"error": f"unknown command {sorted(command)}"}
 
-    def signalled(self, name: str) -> None:
+    def signalled(self, name: str, age: float) -> None:
         """Slurm signals all agents at once; the first report of each signal is acted upon."""
         if name not in self._signals:
             self._signals.add(name)
-            self._spawn(self._ask_why(name), f"signal-{name}")
+            self._spawn(self._ask_why(name, time.monotonic() - age), f"signal-{name}")
 
     def _welcome(self) -> Message:
         assert self._store is not None
@@ -495,13 +500,12 @@ class Leader:
         self._save_order = (step, stop)
         self._broadcast(OrderSave(self._office.record.term, formation.generation, step, stop))
 
-    async def _ask_why(self, name: str) -> None:
+    async def _ask_why(self, name: str, came: float) -> None:
         if name == "USR1":
             left = await self._control.seconds_left()
-            seconds = self._office.end_lead if left is None else left
+            seconds = self._office.end_lead - (time.monotonic() - came) if left is None else left
             self.feed(TerminationAsked(Termination.TIME_LIMIT, max(1.0, seconds - ENDING_SECONDS)))
             return
-        came = time.monotonic()
         saving = await self._kill_wait * SAVING_SHARE
         why = await self._control.why_terminated()
         self.feed(TerminationAsked(why, max(0.5, came + saving - time.monotonic())))
@@ -518,15 +522,11 @@ class Leader:
     async def _conclude(self, verdict: Verdict) -> None:
         """The order matters: the verdict is durable before anybody acts on it."""
         office = self._office
-        path = office.directory.verdict(office.allocation)
-        body = orjson.dumps({**asdict(verdict), "allocation": office.allocation, "step": self.world.step})
         await self._sync_journal()
         try:
-            await asyncio.to_thread(durable.replace, path, body)
-            if verdict.outcome is Outcome.FINISHED:
-                await asyncio.to_thread(durable.replace, office.directory.finished, body)
+            await asyncio.to_thread(verdicts.write, office.directory, office.allocation, verdict, self.world.step)
         except OSError as error:
-            log.error("the verdict could not be written to %s: %s", path, error)
+            log.error("the verdict could not be written: %s", error)
         self._broadcast(End(office.record.term, verdict))
         await asyncio.to_thread(self._renewal.release)
         self._conclude_with(verdict)

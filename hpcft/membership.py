@@ -190,7 +190,7 @@ class Membership:
 
     def tick(self, now: float) -> tuple[Membership, tuple[Effect, ...]]:
         """Time went by; a lease that has run out fences the node."""
-        if self.alive and now >= self.lease_until:
+        if self.alive and self.preparing is None and now >= self.lease_until:  # else they are being killed already
             reason = f"no confirmation from the leader for {self.timing.lease:.1f} s: its lease is over"
             return replace(self, lease_until=0.0), (Fence(reason),)
         return self, ()

@@ -3,7 +3,7 @@
 One memfd per node, made by the keeper and mapped by agent, pool and workers. It exists so that a step costs no
 system call, and so that a stopped agent is no danger: whoever trains can see by itself that the lease is over.
 
-    header   128 bytes   magic, slots, lease_until_ns, generation, order
+    header   128 bytes   magic, slots, lease_until_ns, generation, order, warned_ns, terminated_ns
     slot i   128 bytes   sequence, phase, order seen, then two banks of (ended, loss, samples, tokens, check)
 
 Every field has one writer: the header belongs to the agent, a slot to its worker. Nobody locks.
@@ -48,6 +48,7 @@ LINE = 128
 
 _WORDS = LINE // 8
 _HEADER_MAGIC, _HEADER_SLOTS, _HEADER_LEASE, _HEADER_GENERATION, _HEADER_ORDER = range(5)
+_HEADER_WARNED, _HEADER_TERMINATED = 5, 6
 _SEQUENCE, _PHASE, _ORDER_SEEN = range(3)
 _BANK = 4
 _BANK_WORDS = 6
@@ -291,6 +292,24 @@ class NodePage:
     @order_word.setter
     def order_word(self, word: int) -> None:
         self._words[_HEADER_ORDER] = word
+
+    @property
+    def warned_ns(self) -> int:
+        """When SIGUSR1 came, on CLOCK_BOOTTIME; 0 if it did not. An agent that dies must not take that along."""
+        return self._words[_HEADER_WARNED]
+
+    @warned_ns.setter
+    def warned_ns(self, at: int) -> None:
+        self._words[_HEADER_WARNED] = at
+
+    @property
+    def terminated_ns(self) -> int:
+        """When SIGTERM came; as above."""
+        return self._words[_HEADER_TERMINATED]
+
+    @terminated_ns.setter
+    def terminated_ns(self, at: int) -> None:
+        self._words[_HEADER_TERMINATED] = at
 
     def close(self) -> None:
         """Give back mapping and descriptor. Slots taken from this page are unusable afterwards."""

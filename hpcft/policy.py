@@ -185,7 +185,8 @@ def _inquire(world: World, rules: Rules, now: float) -> Decided:
 def _gather(world: World, rules: Rules, now: float) -> Decided:
     present = _candidates(world, rules, now)
     waited = now - world.phase_since
-    missing = [node for node in world.expected if world.node(node) is None]
+    there = {node.id for node in world.nodes}
+    missing = [node for node in world.expected if node not in there]
     if len(world.expected) < rules.minimum_nodes:
         return _stop(
             ExitCode.BELOW_MINIMUM,
@@ -470,10 +471,15 @@ def _termination(world: World, rules: Rules, now: float) -> Decided | None:
     if world.phase is Phase.LEAVING and formation is not None:
         all_stopped = len(world.stopped | world.returned) == formation.world_size
         saved = world.restore is not None and world.restore.step >= world.step
-        if not (all_stopped and saved) and not world.failures and not world.lost_members and now < deadline:
+        failed = world.save_failed if world.save_failed is not None and world.save_failed[0] >= world.step else None
+        settled = all_stopped and (saved or failed is not None)
+        if not settled and not world.failures and not world.lost_members and now < deadline:
             return NOTHING
         newest = f"the newest is of step {world.restore.step}" if world.restore else "there is none"
-        state = f"saved at step {world.step}" if all_stopped and saved else f"no last checkpoint was made, {newest}"
+        why = f" ({failed[1]})" if failed is not None else ""
+        state = (
+            f"saved at step {world.step}" if all_stopped and saved else f"no last checkpoint was made{why}, {newest}"
+        )
         reason = f"{reason}; {state}"
     halt: tuple[Action, ...] = (HaltWorkers(formation.generation),) if formation is not None else ()
     if world.stop_asked or (world.termination is not None and world.termination.why is Termination.CANCELLED):
@@ -498,7 +504,13 @@ def _leave(world: World, rules: Rules, now: float, reason: str) -> Decided:
 
 
 def _after_requeue(world: World) -> Decided:
-    """Slurm was asked; the verdict follows its answer."""
+    """Slurm was asked; the verdict follows its answer, or a cancellation that comes before it."""
+    asked = world.termination
+    unwanted = world.stop_asked or (asked is not None and asked.why is Termination.CANCELLED)
+    if unwanted and not world.requeue_accepted:
+        by = f"stopped by {world.stop_asked}" if world.stop_asked else Termination.CANCELLED.value
+        verdict = Verdict(Outcome.CANCELLED, ExitCode.CANCELLED, f"{by}, before Slurm had requeued the job")
+        return Decided((Conclude(verdict),), verdict.reason)
     if world.requeue_refused:
         verdict = Verdict(
             Outcome.FAILED,

@@ -65,8 +65,8 @@ class Chair(Protocol):
 
     def save_failed(self, generation: int, step: int, rank: int, reason: Any) -> None: ...
 
-    def signalled(self, name: str) -> None:
-        """Slurm has signalled an agent."""
+    def signalled(self, name: str, age: float) -> None:
+        """Slurm has signalled an agent, `age` seconds ago."""
 
     def command(self, command: Message) -> Message:
         """An operator's; returns the answer."""
@@ -146,8 +146,8 @@ class Reception:
                 self._chair.shard_reported(generation, step, rank, report)
             case {"save_failed": {"generation": generation, "step": step, "rank": rank, "reason": reason}}:
                 self._chair.save_failed(generation, step, rank, reason)
-            case {"signal": name}:
-                self._chair.signalled(str(name))
+            case {"signal": str(name), "age": int() | float() as age}:
+                self._chair.signalled(name, float(age))
             case _:
                 raise wire.WireError(f"unknown message {sorted(message)}")
 

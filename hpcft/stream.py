@@ -194,6 +194,11 @@ class Stream(asyncio.Protocol):
         self._resume_reading()
         self._timer = self._loop.call_later(self._limits.goodbye_seconds, self._transport.abort)
 
+    @property
+    def ended(self) -> bool:
+        """Nothing more can be sent on it."""
+        return self._end is not None
+
     async def wait_closed(self) -> None:
         """Wait until the connection is gone; takes at most `Limits.goodbye_seconds` after `close`."""
         await self._gone.wait()

@@ -13,12 +13,15 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from types import FrameType
 
 import orjson
 
+from hpcft import durable
 from hpcft.errors import ExitCode, UnusableError
 from hpcft.events import Outcome, Verdict
+from hpcft.ids import Step
 from hpcft.rundir import RunDirectory
 
 _LOOK_SECONDS = 0.25
@@ -44,6 +47,18 @@ def read(run: RunDirectory, start: str) -> Verdict | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnusableError(f"the verdict {path} cannot be read: {error}") from error
+
+
+def write(run: RunDirectory, start: str, verdict: Verdict, step: Step) -> None:
+    """Make it durable, before anybody acts on it.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    body = orjson.dumps({**asdict(verdict), "allocation": start, "step": step})
+    durable.replace(run.verdict(start), body)
+    if verdict.outcome is Outcome.FINISHED:
+        durable.replace(run.finished, body)
 
 
 def wait(run: RunDirectory, start: str, srun: int | None) -> Verdict:

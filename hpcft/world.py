@@ -428,6 +428,15 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
         productive=world.productive,
         verdict=None,
     )
+    if event.allocation == world.allocation and world.verdict is None:
+        # what was asked of the last leader is asked of this one
+        fresh = replace(
+            fresh,
+            stop_asked=world.stop_asked,
+            stop_asked_at=world.stop_asked_at,
+            termination=world.termination,
+            termination_at=world.termination_at,
+        )
     since = now - event.leaderless
     if event.takeover:
         return _open_incident(fresh, "leader lost", world.leader, Budget.INFRASTRUCTURE, since, before=before)
@@ -584,9 +593,9 @@ def _fail(world: World, event: WorkerFailed, now: float) -> World:
         return world
     failure = event.failure
     earlier = world.failures
-    world = replace(world, failures=(*earlier, event), broken_at=_first(world.broken_at, now))
     if failure.kind is FailureKind.COLLECTIVE and earlier:
-        return world
+        return world  # an echo: a thousand nodes send some thousand of them
+    world = replace(world, failures=(*earlier, event), broken_at=_first(world.broken_at, now))
     budget = budget_of(failure.kind)
     culprit = f"rank {event.rank} on {event.node}: {failure.what}" + (f" at {failure.where}" if failure.where else "")
     incident = world.open_incident
@@ -764,7 +773,7 @@ def _carry_out(world: World, decided: Decided, now: float) -> World:
                 )
             case Commit():
                 members = world.formation.members if world.formation is not None else ()
-                world = replace(world, previous=members, previous_term=world.term)
+                world = replace(world, previous=members, previous_term=world.term, takeover=False)
             case AskPeer():
                 world = _change_node(world, action.suspect, action.incarnation, asked=action.peer)
             case Evict():

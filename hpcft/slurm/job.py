@@ -46,6 +46,10 @@ class SlurmJob:
                     raise
                 log.warning("the requeue waits for Slurm: %s", error.message)
                 unanswered = True
+                if isinstance(error, control.CommandKilledError) and await self._is_cancelled():
+                    raise control.SlurmError(
+                        "the job was cancelled while it was to be requeued", "submit it again, if that was not meant"
+                    ) from error
             except control.SlurmError:
                 # an earlier try may have been heard, and only its answer lost
                 if unanswered and await self.why_terminated() is Termination.REQUEUED:
@@ -53,6 +57,15 @@ class SlurmJob:
                 raise
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE_SECONDS, pause * 2)
+
+    async def _is_cancelled(self) -> bool:
+        """What ended our command may have been meant for the whole job: then it must not come back."""
+        try:
+            job = await control.show_job(self._allocation.job_id, limit=self._timeout)
+        except HpcftError:
+            return False
+        ending = job.get("JobState") not in ("RUNNING", "PENDING")
+        return ending and control.classify(job, self._allocation.restart_count) is Termination.CANCELLED
 
     async def why_terminated(self) -> Termination:
         """One query; when Slurm does not answer, the answer that loses nothing: the run goes on elsewhere."""

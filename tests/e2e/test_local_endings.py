@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
@@ -90,6 +91,18 @@ def test_the_same_exception_twice_is_the_users(tmp_path: Path) -> None:
     assert "strike: raise at step 13" in said and "Traceback" in said, "the last lines of the output"
     assert status["state"] == "failed" and status["verdict"]["exit_code"] == 10
     assert any("wrong at step 13" in line for line in status["incidents"][-1]["last_output"])
+
+
+def test_a_signal_is_heeded_though_nobody_leads_when_it_comes(tmp_path: Path) -> None:
+    settings = {**exact(tmp_path / "digest", pause=0.3), "checkpoint.every": "10 steps"}
+    with LocalRun(tmp_path, settings).start() as run:
+        run.until_recorded(12, generation=1)
+        os.kill(run.agent(0), signal.SIGKILL)
+        time.sleep(0.2)
+        run.send(signal.SIGTERM)
+        status = run.ends(12)
+    assert status["state"] == "cancelled" and status["step"] < 40
+    assert status["checkpoints"][-1]["step"] == 10
 
 
 def test_budgets_survive_the_end_of_a_start(tmp_path: Path) -> None:

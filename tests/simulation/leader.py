@@ -126,8 +126,10 @@ class SimulatedLeader:
             self._feeding = False
 
     def _take(self, event: Event) -> None:
-        now = self.now()
+        now, before = self.now(), self.world
         self._apply(event, now)
+        if self.world is before and not isinstance(event, Ticked):
+            return
         if isinstance(event, PLENTIFUL):
             return
         for _ in range(DECISIONS_PER_EVENT):

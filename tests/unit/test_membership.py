@@ -222,6 +222,15 @@ def test_a_lease_of_one_leader_starts_nothing_for_the_next() -> None:
     assert agent.confirm(2, agent.beat()) == (ExtendLease(100.5 + LEASE), StartWorkers(formation(2, 2)))
 
 
+def test_workers_that_are_being_killed_are_not_fenced_as_well() -> None:
+    """The next leader's proposal ends the lease of the last one, and killing takes a moment: no new life is needed."""
+    agent = Agent().running(formation(1, 1))
+    assert [type(each) for each in agent.prepare(formation(2, 2))] == [KillWorkers]
+    agent.now += 2 * LEASE
+    assert agent.tick() == ()
+    assert agent.gone() == (Acknowledge(Term(2), Generation(2)),)
+
+
 def test_a_lease_granted_before_the_first_promise_counts() -> None:
     agent, formed = Agent(), formation(1, 1)
     agent.confirm(1, agent.beat())

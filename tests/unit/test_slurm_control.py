@@ -204,7 +204,7 @@ async def test_a_requeue_ended_by_a_signal_is_not_refused(programs: Path) -> Non
 
 @pytest.mark.parametrize(("restarts", "accepted"), [(1, True), (0, False)])
 async def test_a_requeue_whose_answer_was_lost(programs: Path, restarts: int, accepted: bool) -> None:
-    """The second try is refused: because the first one was heard, or for a reason of Slurm's."""
+    """The first try was ended by a signal: it was heard, or the signal was scancel's, and nothing is tried again."""
     shown = f"JobId=7 JobName=x\n   JobState=COMPLETING Restarts={restarts}"
     refused = f"print({shown!r}) if sys.argv[1] == 'show' else sys.exit('Job/step already completing')"
     program(programs, "scontrol", KILLED_ONCE + refused)
@@ -213,7 +213,7 @@ async def test_a_requeue_whose_answer_was_lost(programs: Path, restarts: int, ac
     if accepted:
         await job.requeue()
     else:
-        with pytest.raises(SlurmError, match="already completing"):
+        with pytest.raises(SlurmError, match="was cancelled while it was to be requeued"):
             await job.requeue()
 
 

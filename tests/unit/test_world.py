@@ -144,6 +144,15 @@ def test_a_new_leader_learns_from_the_others_how_far_they_were() -> None:
     assert (incident.generation, incident.steps_lost) == (1, 14)
 
 
+def test_an_echo_of_a_failure_changes_nothing() -> None:
+    """One lost node of a thousand makes eight thousand collectives fail; the leader has other things to do."""
+    world = happen(training(), failed("b", 2))
+    assert happen(world, failed("a", 0, FailureKind.COLLECTIVE)) is world
+    first = happen(training(), failed("a", 0, FailureKind.COLLECTIVE))
+    assert happen(first, failed("a", 1, FailureKind.COLLECTIVE)) is first
+    assert happen(first, failed("b", 2)).incidents[0].culprit == "rank 2 on b: killed by SIGKILL"
+
+
 def test_a_plain_command_has_resumed_when_it_is_started() -> None:
     world = happen(training(), failed("a", 0), now=5.0)
     world = happen(world, proposed(formation("ab", 2)), committed(2), now=6.0)
