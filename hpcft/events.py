@@ -89,6 +89,8 @@ class FailureKind(StrEnum):
     """By a signal: infrastructure, unless it happens again at the same step."""
     EXCEPTION = "exception"
     """An uncaught exception of the training code."""
+    SURROUNDINGS = "surroundings"
+    """An exception that comes of something around the training code: a file system, the network, a broken GPU."""
     COLLECTIVE = "collective"
     """A collective failed because a peer went: the consequence of another failure, never a cause."""
     EXIT = "exit"

@@ -269,6 +269,9 @@ def failure_of(event: WorkerExited, last_words: Mapping[str, Mapping[str, Any]],
         kind = FailureKind.COLLECTIVE if exception.get("collective") else FailureKind.EXCEPTION
         at = exception.get("step")
         what = f"{exception.get('type')}: {exception.get('message')}"
+        if fault := exception.get("fault"):  # first: a broken GPU may show in a collective
+            kind = FailureKind.SURROUNDINGS
+            what = f"{what}; {fault} comes from around the program, not from it"
         where = str(exception.get("where") or "")
         return Failure(kind, what, Step(at) if isinstance(at, int) else step, where, tail)
     if event.status == NOT_STARTED and event.pid == 0:

@@ -625,7 +625,13 @@ def budget_of(kind: FailureKind) -> Budget | None:
             return None
         case FailureKind.EXCEPTION | FailureKind.EXIT | FailureKind.START:
             return Budget.USER_CODE
-        case FailureKind.KILLED | FailureKind.FENCED | FailureKind.STUCK | FailureKind.UNREADABLE:
+        case (
+            FailureKind.KILLED
+            | FailureKind.FENCED
+            | FailureKind.STUCK
+            | FailureKind.UNREADABLE
+            | FailureKind.SURROUNDINGS
+        ):
             return Budget.INFRASTRUCTURE
         case _:
             assert_never(kind)

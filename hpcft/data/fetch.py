@@ -34,6 +34,7 @@ from torch.utils.data import Dataset, get_worker_info
 from hpcft.data import order
 from hpcft.errors import ExitCode, HpcftError
 from hpcft.process import die_with_parent
+from hpcft.surroundings import fault
 
 _NOTICES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -43,10 +44,12 @@ class SampleError(HpcftError):
 
     exit_code = ExitCode.USER_CODE
 
-    def __init__(self, message: str, hint: str = "", sample: int = -1, epoch: int = -1) -> None:
+    def __init__(self, message: str, hint: str = "", sample: int = -1, epoch: int = -1, fault: str = "") -> None:
         super().__init__(message, hint)
         self.sample = sample
         self.epoch = epoch
+        self.fault = fault
+        """What around the program has failed, if that was it (see `surroundings`)."""
 
 
 class MapDataset(Protocol):
@@ -101,6 +104,7 @@ class Failure:
     sample: int
     epoch: int
     trace: str
+    fault: str
 
     @classmethod
     def of(cls, error: Exception, number: int, request: Request) -> Failure:
@@ -113,10 +117,10 @@ class Failure:
         if isinstance(error, HpcftError):
             why, hint = error.message, error.hint
         trace = "".join(traceback.format_exception(error))
-        return cls(f"{what}: {why} ({at.filename}:{at.lineno})", hint, number, request.epoch, trace)
+        return cls(f"{what}: {why} ({at.filename}:{at.lineno})", hint, number, request.epoch, trace, fault(error))
 
     def error(self) -> SampleError:
-        return SampleError(self.message, self.hint, self.sample, self.epoch)
+        return SampleError(self.message, self.hint, self.sample, self.epoch, self.fault)
 
 
 def as_it_is(loaded: Any) -> Any:

@@ -1,7 +1,8 @@
 """What a worker tells its agent about the exception that ends it: one packet, while the traceback goes to stderr.
 
-The agent decides from it whether this is the user's bug (same exception, same place, same step again), or the
-echo of another rank's death (`collective`), so the packet names the user's own line and not the library's.
+The agent decides from it whether this is the user's bug (same exception, same place, same step again), the failure of
+something around the program (`fault`), or the echo of another rank's death (`collective`), so the packet names the
+user's own line and not the library's.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import os
 import select
 import sysconfig
 import traceback
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import orjson
+
+from hpcft.surroundings import chain, fault, text_of
 
 _MESSAGE_LIMIT = 4_000
 _TRACEBACK_LIMIT = 24_000
@@ -45,10 +47,11 @@ def report_exception(control: int, error: BaseException, step: int | None) -> bo
         {
             "kind": "exception",
             "type": _name_of(type(error)),
-            "message": _clean(_text_of(error), _MESSAGE_LIMIT),
+            "message": _clean(text_of(error), _MESSAGE_LIMIT),
             "step": step,
             "where": where(error),
             "collective": is_collective(error),
+            "fault": fault(error),
             "traceback": _clean("".join(traceback.format_exception(error)), _TRACEBACK_LIMIT),
         }
     )
@@ -70,10 +73,10 @@ def is_collective(error: BaseException) -> bool:
 
     Such an error usually follows another rank's failure, and then does not count as the user's.
     """
-    for link in _chain(error):
+    for link in chain(error):
         if any(kind.__name__ in _COLLECTIVE_TYPES for kind in type(link).__mro__):
             return True
-        if isinstance(link, RuntimeError) and any(phrase in _text_of(link) for phrase in _COLLECTIVE_PHRASES):
+        if isinstance(link, RuntimeError) and any(phrase in text_of(link) for phrase in _COLLECTIVE_PHRASES):
             return True
     return False
 
@@ -98,24 +101,8 @@ _LIBRARIES = (
 )
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-
-
 def _name_of(kind: type[BaseException]) -> str:
     return kind.__name__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__name__}"
-
-
-def _text_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as broken:  # a user's __str__ may fail: the report must still go out
-        return f"<its text is not available: {type(broken).__name__} in __str__>"
 
 
 def _clean(text: str, limit: int) -> str:

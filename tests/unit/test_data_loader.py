@@ -1,5 +1,6 @@
 """Data: the same samples in every world, exact resumption, and loader processes that neither leak nor linger."""
 
+import errno
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from hpcft.data.batches import Position
 from hpcft.data.fetch import SampleError
 from hpcft.data.ledger import LedgerWriter, ledger_path
 from hpcft.errors import UsageError
+from hpcft.surroundings import fault
 
 torch.set_num_threads(1)
 
@@ -305,6 +307,21 @@ def test_a_sample_that_cannot_be_loaded_is_named(workers: int, closing: Callable
         assert "in __getitem__" in "".join(e.value.__notes__)
     else:
         assert isinstance(e.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_system_that_fails_is_not_taken_for_the_data_set(workers: int, closing: Callable[[Data], Data]) -> None:
+    class Remote(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            try:
+                raise OSError(errno.ESTALE, "Stale file handle", "/data/part-0")
+            except OSError as error:
+                raise ValueError("cannot decode") from error
+
+    data = closing(Data(Remote(20), batch_size=4, shuffle=False, workers=workers))
+    with pytest.raises(SampleError, match="cannot be loaded: ValueError: cannot decode") as e:
+        next(iter(data))
+    assert fault(e.value) == "ESTALE"
 
 
 def test_a_batch_that_cannot_be_collated_is_named() -> None:

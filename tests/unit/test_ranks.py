@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from hpcft.config import Config
-from hpcft.events import Event, Formation, Member, Progressed, WorkerReturned, WorkersReady
+from hpcft.events import Event, FailureKind, Formation, Member, Progressed, WorkerReturned, WorkersReady
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 from hpcft.page import NodePage, Phase
-from hpcft.ranks import Assignment, Ranks
+from hpcft.ranks import Assignment, Ranks, failure_of
 from hpcft.workers import WorkerExited, WorkerSaid, WorkerSpawned
 
 NODE = NodeId("node1")
@@ -104,3 +104,26 @@ def test_a_node_that_never_trained_has_nothing_to_say(page: NodePage) -> None:
     agent.ranks.repeat()
     agent.ranks.report_last()
     assert agent.events == [] and agent.messages == []
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "what"),
+    [
+        ({"collective": False, "fault": ""}, FailureKind.EXCEPTION, "OSError: no"),
+        ({"collective": True, "fault": ""}, FailureKind.COLLECTIVE, "OSError: no"),
+        (
+            {"collective": False, "fault": "EIO"},
+            FailureKind.SURROUNDINGS,
+            "OSError: no; EIO comes from around the program, not from it",
+        ),
+        (
+            {"collective": True, "fault": "uncorrectable ECC error"},
+            FailureKind.SURROUNDINGS,
+            "OSError: no; uncorrectable ECC error comes from around the program, not from it",
+        ),
+    ],
+)
+def test_who_is_to_blame_for_an_exception(said: dict[str, Any], kind: FailureKind, what: str) -> None:
+    words = {"exception": {"type": "OSError", "message": "no", "step": 7, "where": "train.py:3", **said}}
+    failure = failure_of(WorkerExited("g0001-rank0000", 100, 1, "exit 1"), words, Step(6))
+    assert (failure.kind, failure.what, failure.step, failure.where) == (kind, what, 7, "train.py:3")

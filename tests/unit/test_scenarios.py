@@ -183,6 +183,12 @@ EVENTS: list[tuple[str, Callable[..., None]]] = [
         ),
     ),
     (
+        rf"rank {NUMBER} on {NODE} meets (.+) at (\S+:\d+), step {NUMBER}{OLD}",
+        lambda s, rank, node, what, where, step, old: s.fails(
+            rank, node, ev.FailureKind.SURROUNDINGS, what, where, step, old
+        ),
+    ),
+    (
         rf"rank {NUMBER} on {NODE} loses its peers at step {NUMBER}{OLD}",
         lambda s, rank, node, step, old: s.fails(
             rank, node, ev.FailureKind.COLLECTIVE, "connection closed by peer", "", step, old
