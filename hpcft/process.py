@@ -84,8 +84,8 @@ def descendants(pid: int, without: Iterable[int] = ()) -> list[int]:
     return found
 
 
-def _stat(pid: int) -> list[bytes]:
-    """Fields of /proc/PID/stat from the third one (state) on; empty when the process is gone."""
+def _stat(pid: int | str) -> list[bytes]:
+    """Fields of /proc/PID/stat from the third one (state) on; empty when the process (or PID/task/TID) is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
@@ -97,6 +97,16 @@ def state_of(pid: int) -> str:
     """The letter of /proc/PID/stat: R, S, D, T, Z …; empty when the process is gone."""
     fields = _stat(pid)
     return fields[0].decode() if fields else ""
+
+
+def lives(pid: int) -> bool:
+    """Whether any thread of it is left. A killed process whose main thread has gone while another one hangs in the
+    kernel has the state of a zombie."""
+    try:
+        tasks = [task.name for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return False
+    return any(fields[0] not in (b"Z", b"X") for task in tasks if (fields := _stat(f"{pid}/task/{task}")))
 
 
 def began_at(pid: int) -> float:
@@ -136,7 +146,7 @@ def end_descendants(seconds: float, without: Iterable[int] = ()) -> list[int]:
     deadline = time.monotonic() + seconds
     while True:
         alone = _reap(kept)
-        left = [pid for pid in descendants(os.getpid(), kept) if state_of(pid) not in ("Z", "X", "")]
+        left = [pid for pid in descendants(os.getpid(), kept) if lives(pid)]
         if alone and not left:
             return []
         for pid in left:

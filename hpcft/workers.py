@@ -7,7 +7,7 @@ of these to know:
 1. the pool's `exited`, with the wait status (the pool is the parent, nobody else can ask);
 2. the pool's death: its workers get their death signal from the kernel, and pidfds confirm one by one that they went;
 3. some seconds after SIGKILL: the pidfd, when a stopped pool tells nothing; else the worker sits in the kernel
-   (D state) and is told as *stuck*. Nobody ever waits for it.
+   (D state) and is told as *stuck*. Nobody ever waits for it, but `end` names it for as long as it is there.
 
 Before an end is told, everything the worker had said is read: its packets on the control channel, its last lines. So
 the packet about an exception always comes before the exit that it explains.
@@ -169,6 +169,8 @@ class Workers:
         self._pool: socket.socket | None = None
         self._outbox: deque[_Request] = deque()
         self._workers: dict[str, _Worker] = {}
+        self._undying: dict[int, str] = {}
+        """By pidfd: who has been told as stuck, and is there still."""
         self._captures: dict[str, Capture] = {}
         self._held: int | None = None
         self._count = 0
@@ -190,6 +192,8 @@ class Workers:
             _close_all(request.fds)
         for worker in list(self._workers.values()):
             self._forget(worker)
+        for watch in list(self._undying):
+            self._bury(watch)
         for capture in self._captures.values():
             capture.close()
         if self._held is not None:
@@ -250,7 +254,8 @@ class Workers:
     async def end(self, grace: float, kill_seconds: float = _KILL_SECONDS) -> tuple[str, ...]:
         """SIGTERM, `grace` seconds, SIGKILL: returns the workers that were still there `kill_seconds` later.
 
-        When it returns, the ends of all others are in the queue of events. Cancelled, it kills at once.
+        Among them are those that an earlier call, or the death of the pool, has left, without another wait. When it
+        returns, the ends of all others are in the queue of events. Cancelled, it kills at once.
         """
         ending = list(self._workers.values())
         try:
@@ -263,7 +268,8 @@ class Workers:
             for worker in ending:
                 self._kill(worker, kill_seconds)
         await _settled(ending, kill_seconds + 1.0)
-        return tuple(worker.name for worker in ending if worker.stuck or not worker.settled.is_set())
+        undying = [name for watch, name in self._undying.items() if not _is_gone(watch)]
+        return (*undying, *(worker.name for worker in ending if not worker.settled.is_set()))
 
     def _kill(self, worker: _Worker, seconds: float) -> None:
         if worker.settled.is_set():
@@ -289,7 +295,19 @@ class Workers:
         else:
             log.error("worker %s (process %d) does not die after SIGKILL", worker.name, worker.pid)
             worker.stuck = True
+            watch = os.dup(worker.watch)
+            self._undying[watch] = worker.name
+            self._loop.add_reader(watch, self._gone_at_last, watch, worker.pid)
             self._exited(worker, -signal.SIGKILL, "does not die after SIGKILL")
+
+    def _gone_at_last(self, watch: int, pid: int) -> None:
+        log.warning("worker %s (process %d) has ended at last", self._undying[watch], pid)
+        self._bury(watch)
+
+    def _bury(self, watch: int) -> None:
+        self._loop.remove_reader(watch)
+        del self._undying[watch]
+        os.close(watch)
 
     # What the keeper and the pool say
 

@@ -25,7 +25,7 @@ import pytest
 
 from hpcft.keeper import AGENT_RESTART, Pauses
 from hpcft.page import NodePage, now_ns
-from hpcft.process import children, descendants, state_of
+from hpcft.process import children, descendants, lives, state_of
 from hpcft.workers import (
     Fenced,
     LogLimits,
@@ -688,6 +688,62 @@ async def test_a_stopped_pool_hides_no_end(mark: str, tmp_path: Path) -> None:
             assert (await node.until(WorkerExited, "next")).tail == ("awake again",)
     finally:
         end_pool(pool)
+
+
+async def test_a_worker_that_does_not_die_is_named_until_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test is a pool that kills nobody, and signals of the agent are lost: so it is with state D."""
+    monkeypatch.setattr(signal, "pidfd_send_signal", lambda *ignored: None)
+    channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pool, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    workers = Workers(theirs, LogLimits(tmp_path))
+    workers.open()
+    socket.send_fds(channel, [b'{"kind":"pool"}'], [control.fileno()])
+    control.close()
+    events = workers.events()
+    sleeper = await asyncio.create_subprocess_exec("sleep", "1000")
+    try:
+        workers.start("w", spec({"module": "m"}))
+        loop = asyncio.get_running_loop()
+        pool.setblocking(False)
+        request = json.loads(await asyncio.wait_for(loop.sock_recv(pool, 1 << 17), GENEROUS))
+        pool.send(json.dumps({"kind": "spawned", "worker": request["worker"], "pid": sleeper.pid}).encode())
+        assert await anext(events) == WorkerSpawned("w", sleeper.pid)
+        assert await workers.end(0.0, kill_seconds=0.2) == ("w",)
+        exited = await anext(events)
+        assert isinstance(exited, WorkerExited) and exited.stuck
+        pool.close()  # whoever asks again, and whatever has become of the pool since
+        assert await workers.end(0.0) == ("w",)
+        assert await workers.end(0.0) == ("w",)
+        sleeper.kill()
+        await sleeper.wait()
+        assert await workers.end(0.0) == ()
+    finally:
+        if sleeper.returncode is None:
+            sleeper.kill()
+            await sleeper.wait()
+        await workers.close()
+        for end in (channel, theirs, pool):
+            end.close()
+
+
+def test_a_process_lives_until_its_last_thread_has_ended() -> None:
+    """SIGKILL ends the main thread, another one hangs in the kernel: all that /proc/PID/stat says is zombie."""
+    text = (
+        "import ctypes, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+        "ctypes.CDLL(None).pthread_exit(None)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", text])
+    try:
+        wait_for(lambda: state_of(process.pid) == "Z", "its main thread has ended")
+        assert lives(process.pid)
+    finally:
+        process.kill()
+    wait_for(lambda: not lives(process.pid), "all of it is gone")
+    process.wait()
+    assert not lives(process.pid)
 
 
 async def test_the_death_of_the_pool_is_the_end_of_its_workers(mark: str, tmp_path: Path) -> None:
