@@ -73,7 +73,7 @@ from hpcft.rundir import RunDirectory
 from hpcft.store import Heartbeat, HeartbeatReader, StoreServer
 from hpcft.terms import TermRecord
 from hpcft.units import Cadence
-from hpcft.world import Phase, World, apply
+from hpcft.world import Phase, World, apply, takes_over
 
 log = logging.getLogger("hpcft.leader")
 
@@ -217,9 +217,7 @@ class Leader:
                         office.record.incarnation,
                         office.allocation,
                         office.nodes,
-                        takeover=before.allocation == office.allocation
-                        and before.verdict is None
-                        and before.leader != office.record.node,
+                        takes_over(before, office.allocation, office.record.node),
                         leaderless=office.leaderless,
                     )
                 )

@@ -319,6 +319,11 @@ class World:
         return min(1.0, (self.productive + running) / now)
 
 
+def takes_over(before: World, allocation: str, node: NodeId) -> bool:
+    """Whether a term of `node` that follows `before` is a takeover: in the same start, from another node's agent."""
+    return before.allocation == allocation and before.verdict is None and before.leader != node
+
+
 def apply(world: World, event: Event, now: float) -> World:
     """The world after `event`, which the leader saw at `now` (seconds on the run clock)."""
     match event:

@@ -17,6 +17,7 @@ from hpcft.events import (
     Probe,
     Progressed,
     Reach,
+    Termination,
     WorkerFailed,
     WorkerReturned,
     WorkersReady,
@@ -41,7 +42,7 @@ from hpcft.membership import (
     may_claim,
 )
 from hpcft.terms import TermLease, TermRecord
-from tests.simulation.machine import Crew, Machine, Process, Shard
+from tests.simulation.machine import Crew, Machine, Process, Shard, Signalled
 from tests.simulation.network import Connection, End
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class SimulatedAgent(Process):
             same_allocation=here,
             turn=self.index and FIRST_CLAIM_TURN_SECONDS + self.index * SEEK_SECONDS,
             timing=self.cluster.rules.timing,
+            own_past=here and holder is not None and holder.node == self.machine.name,
         )
         if claims:
             term = Term(holder.term + 1 if holder is not None else 1)
@@ -187,9 +189,19 @@ class SimulatedAgent(Process):
         link.connection = leader.accept(link.end, self)
         self.links[record.term] = link
         self.cluster.lifeline(self, leader)
+        self._tell_signals()
         self._beat()
         for event in self.news:
             link.connection.send(link.end, event)
+
+    def signalled(self, why: Termination) -> None:
+        self.machine.signals.setdefault(why, self.now())
+        self._tell_signals()
+
+    def _tell_signals(self) -> None:
+        for why, at in self.machine.signals.items():
+            for link in self.links.values():
+                link.connection.send(link.end, Signalled(why, self.now() - at))
 
     def saved(self, crew: Crew, shard: Shard) -> None:
         if not crew.muted:

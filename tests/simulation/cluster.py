@@ -14,6 +14,7 @@ from hpcft.events import (
     KeeperVanished,
     NodeHeard,
     Outcome,
+    Termination,
     Verdict,
     WorkersVanished,
 )
@@ -24,7 +25,7 @@ from hpcft.terms import TermRecord
 from hpcft.world import Budget, World
 from tests.simulation.agent import SimulatedAgent
 from tests.simulation.clock import Clock
-from tests.simulation.leader import SimulatedLeader
+from tests.simulation.leader import LEAVE_SECONDS, SimulatedLeader
 from tests.simulation.machine import Crew, Disk, Machine, Shard
 from tests.simulation.network import Network
 
@@ -33,8 +34,8 @@ SAVE_EVERY = 8
 MORTAL_DECISIONS = 400
 PRESENCE = frozenset(
     {"phase", "phase_since", "nodes", "formation", "acknowledged", "lease_renewed", "ready", "progress", "reports"}
-    | {"failures", "returned", "stopped", "lost_members", "broken_at", "refused", "termination", "termination_at"}
-    | {"stop_asked", "stop_asked_at", "requeue_asked", "requeue_accepted", "requeue_refused", "losses"}
+    | {"failures", "returned", "stopped", "lost_members", "broken_at", "refused", "losses"}
+    | {"requeue_asked", "requeue_accepted", "requeue_refused"}
 )
 """What a new leader forgets; everything else in a `World` is history."""
 
@@ -82,6 +83,8 @@ class Slurm:
         self.nodes: tuple[NodeId, ...] = ()
         self.ending = False
         self.over = False
+        self.to_end: Termination | None = None
+        """Why this start was signalled; what follows has to come from the run."""
         self.stale: set[NodeId] = set()
         """Nodes on which processes of an earlier start may live: nobody could reach them."""
 
@@ -95,16 +98,40 @@ class Slurm:
         if len(usable) < cluster.rules.minimum_nodes:
             cluster.clock.after(1.0, self.begin)
             return
+        if self.over:
+            return
         self.start += 1
         self.ending = False
+        self.to_end = None
         self.nodes = usable
         cluster.narrate(f"Slurm starts the job for the {self.start + 1}. time on {', '.join(usable)}")
         for index, name in enumerate(usable):
             machine = cluster.machines[name]
             machine.keeper = True
+            machine.signals.clear()
             cluster.clock.after(self._delay(), lambda m=machine, i=index: self._launch(m, i))  # type: ignore[misc]
 
         cluster.clock.after(5.0, lambda: self._look(self.start))
+
+    def signal(self, why: Termination) -> None:
+        """SIGTERM for every agent there is. A cancelled job is over some time later, whatever it does."""
+        if self.ending or self.over:
+            return
+        cluster, start = self.cluster, self.start
+        self.to_end = why
+        for name in self.nodes:
+            machine = cluster.machines[name]
+            agent = machine.agent
+            if agent is not None and machine.powered and name not in cluster.network.isolated:
+                agent.deliver(lambda agent=agent: agent.signalled(why))  # type: ignore[misc]
+        if why is Termination.CANCELLED:
+            cluster.clock.after(2 * LEAVE_SECONDS, lambda: self._killed(start))
+
+    def _killed(self, start: int) -> None:
+        if start == self.start and not self.over:
+            self.over = True
+            for name in self.nodes:
+                self.cluster.end_job(self.cluster.machines[name])
 
     def _look(self, start: int) -> None:
         """A job whose step has ended everywhere without a verdict goes back to the queue, as after a node failure."""

@@ -8,9 +8,8 @@ from enum import StrEnum
 
 from hypothesis import strategies as st
 
-from hpcft.events import FailureKind, Termination, TerminationAsked
+from hpcft.events import FailureKind, Termination
 from hpcft.ids import NodeId
-from hpcft.world import Phase
 from tests.simulation.cluster import Cluster, Core, Shape
 from tests.simulation.machine import Machine
 
@@ -31,6 +30,7 @@ class Kind(StrEnum):
     FREEZE = "freeze"
     TIME_LIMIT = "time limit"
     PREEMPT = "preempt"
+    CANCEL = "cancel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,15 @@ def simulate(shape: Shape, schedule: list[Fault], core: Core | None = None) -> C
     cluster.narrate("all is healed")
     _heal(cluster)
     steps = cluster.steps
-    clock.run_until(clock.now + HEALED_WITHIN, lambda: cluster.verdict is not None or cluster.steps > steps + 2)
-    if cluster.verdict is None and cluster.steps <= steps + 2:
-        cluster.violate(f"{HEALED_WITHIN:.0f} s after the last fault the run neither trains nor has a verdict")
+
+    def well() -> bool:
+        trains = cluster.steps > steps + 2 and not cluster.slurm.to_end
+        return cluster.verdict is not None or cluster.slurm.over or trains
+
+    clock.run_until(clock.now + HEALED_WITHIN, well)
+    if not well():
+        what = "neither trains nor has a verdict" if not cluster.slurm.to_end else "goes on, though it was to end"
+        cluster.violate(f"{HEALED_WITHIN:.0f} s after the last fault the run {what}")
     clock.run_until(clock.now + 5.0)
     cluster.check_history()
     return cluster
@@ -139,12 +145,12 @@ def _strike(cluster: Cluster, fault: Fault) -> None:
         case Kind.FREEZE:
             machine.frozen = True
             clock.after(fault.seconds, lambda: _thaw(cluster, machine))
-        case Kind.TIME_LIMIT | Kind.PREEMPT:
-            why = Termination.TIME_LIMIT if fault.kind is Kind.TIME_LIMIT else Termination.PREEMPTED
-            for leader in cluster.leaders.values():
-                if leader.world.phase is not Phase.ENDED:
-                    ask = TerminationAsked(why, 20.0)
-                    leader.agent.deliver(lambda leader=leader, ask=ask: leader.feed(ask))  # type: ignore[misc]
+        case Kind.TIME_LIMIT:
+            cluster.slurm.signal(Termination.TIME_LIMIT)
+        case Kind.PREEMPT:
+            cluster.slurm.signal(Termination.PREEMPTED)
+        case Kind.CANCEL:
+            cluster.slurm.signal(Termination.CANCELLED)
 
 
 def power_off(cluster: Cluster, machine: Machine) -> None:

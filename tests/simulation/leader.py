@@ -38,6 +38,8 @@ from hpcft.events import (
     Start,
     StreamClosed,
     TermBegan,
+    Termination,
+    TerminationAsked,
     Ticked,
     Verdict,
 )
@@ -46,8 +48,8 @@ from hpcft.journal import is_journaled
 from hpcft.leader import PLENTIFUL
 from hpcft.membership import may_lead
 from hpcft.terms import TermLease, TermRecord
-from hpcft.world import Phase, World, apply
-from tests.simulation.machine import JournalFile, Shard
+from hpcft.world import Phase, World, apply, takes_over
+from tests.simulation.machine import JournalFile, Shard, Signalled
 from tests.simulation.network import Connection, End
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ TICK_SECONDS = 0.25
 DECISIONS_PER_EVENT = 64
 SAVE_LEAD_SECONDS = 0.6
 COMMIT_SECONDS = 0.1
+LEAVE_SECONDS = 20.0
+"""Between a signal of Slurm's and the end of all processes."""
 
 
 class SimulatedLeader:
@@ -85,6 +89,7 @@ class SimulatedLeader:
         self._formation: Formation | None = None
         self._shards: dict[Step, set[NodeId]] = {}
         self._save_order: tuple[Step, bool] | None = None
+        self._signalled: set[Termination] = set()
         self.gone = False
         self.decisions = 0
 
@@ -102,9 +107,7 @@ class SimulatedLeader:
                 self.record.incarnation,
                 self.record.allocation,
                 nodes,
-                takeover=before.allocation == self.record.allocation
-                and before.verdict is None
-                and not self.cluster.succession,
+                takes_over(before, self.record.allocation, self.record.node) and not self.cluster.succession,
             )
         )
         self.feed(found)
@@ -214,6 +217,9 @@ class SimulatedLeader:
             case Quarantine(checkpoint, detail):
                 self.feed(CheckpointDamaged(checkpoint, detail))
             case Requeue():
+                asked = self.world.termination
+                if asked is not None and asked.why is Termination.CANCELLED:
+                    self.cluster.violate("a cancelled job is to be requeued")
                 self._sync(self._requeue)
             case Conclude(verdict):
                 self._sync(lambda: self._conclude(verdict))
@@ -269,6 +275,10 @@ class SimulatedLeader:
             self.heard(message)
         elif isinstance(message, Shard):
             self._shard(message)
+        elif isinstance(message, Signalled):
+            if message.why not in self._signalled:
+                self._signalled.add(message.why)
+                self.feed(TerminationAsked(message.why, max(0.5, LEAVE_SECONDS - message.age)))
         else:
             self.feed(message)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
 
-from hpcft.events import CheckpointRef, Event, Formation, Verdict
+from hpcft.events import CheckpointRef, Event, Formation, Termination, Verdict
 from hpcft.ids import Generation, NodeId, Rank, Step, Term
 from hpcft.terms import TermLease, TermRecord
 from tests.simulation.clock import Call, Clock
@@ -100,6 +100,8 @@ class Machine:
         """The page's: none is in force before the first one is written."""
         self.crew: Crew | None = None
         self.keeper = False
+        self.signals: dict[Termination, float] = {}
+        """When each came, on this machine's clock; in the page, where it outlives an agent."""
         self.disk_waits: list[Call] = []
         self._watched = False
         self.on_crew_lost: Callable[[Machine, Crew], None] = lambda machine, crew: None
@@ -173,6 +175,14 @@ class Shard:
     generation: int
     step: Step
     failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    """What an agent says of a signal of Slurm's; why it was sent, Slurm itself would say when asked."""
+
+    why: Termination
+    age: float
 
 
 @dataclass(slots=True)

@@ -94,7 +94,7 @@ def test_undisturbed(nodes: int) -> None:
 @pytest.mark.parametrize("node", [0, 1])
 def test_one_fault(kind: Kind, node: int) -> None:
     cluster = simulate(Shape(3, 2, seed=3), [Fault(12.0, kind, node, (node + 1) % 3, 9.0)])
-    assert cluster.verdict is None
+    assert cluster.verdict is None or (kind, cluster.verdict.outcome) == (Kind.CANCEL, Outcome.CANCELLED)
     assert max(leader.world.step for leader in cluster.leaders.values()) > 0
 
 
