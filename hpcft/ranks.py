@@ -273,6 +273,8 @@ def failure_of(event: WorkerExited, last_words: Mapping[str, Mapping[str, Any]],
             kind = FailureKind.SURROUNDINGS
             what = f"{what}; {fault} comes from around the program, not from it"
         where = str(exception.get("where") or "")
+        if kind is FailureKind.COLLECTIVE:
+            tail = ()  # of every rank of the world, and none of them says why
         return Failure(kind, what, Step(at) if isinstance(at, int) else step, where, tail)
     if event.status == NOT_STARTED and event.pid == 0:
         return Failure(FailureKind.START, event.cause, step, tail=tail)
