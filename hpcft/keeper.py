@@ -10,7 +10,11 @@ which it takes more, becomes the keeper by exec (`become`): then all that is gon
 
 **Channels.** Agent and pool each have a SOCK_SEQPACKET channel to the keeper; its end of file means that the keeper
 is gone. What the two need to talk to each other is a socket pair made here, one end to each, whenever one of them
-is new: `{"op":"control"}` to the pool, `{"kind":"pool"}` to the agent, each with its end as SCM_RIGHTS.
+is new: `{"op":"control"}` to the pool, `{"kind":"pool"}` to the agent, each with its end as SCM_RIGHTS. The pool says
+`{"importing": module}` before each configured module, and `{"importing": null}` when it is ready.
+
+**A module that ends the pool**, or does not come back from its import in time, is left out of the next pools, which
+name it to the agents. A pool that ends again and again before it is ready, with no such module to blame, ends the node.
 
 **Whose death means what.** Agent: the pool kills the workers and stays warm; a new agent follows, unless the exit
 status was a final one (ExitCode except INTERNAL), which ends the keeper with that status. Pool: its workers die by
@@ -62,6 +66,12 @@ _END_SECONDS = 10.0
 _SWEEP_SECONDS = 2.0
 _GIVE_UP = 20
 """Lives in a row that ended early, after which an agent is not started again: it cannot work here."""
+_POOL_GIVE_UP = 5
+"""Pools in a row that ended before they were ready, through no configured module: torch cannot be imported here."""
+IMPORT_SECONDS = 120.0
+"""For each configured module. Enough for a large package on a slow file system; should it not be, workers import the
+module themselves. The world does not wait as long for a node."""
+_PACKET = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +131,24 @@ class _Part:
 
 
 class Keeper:
-    def __init__(self, agent_argv: Sequence[str], slots: int, preload: Sequence[str]) -> None:
+    def __init__(
+        self,
+        agent_argv: Sequence[str],
+        slots: int,
+        preload: Sequence[str],
+        import_seconds: float = IMPORT_SECONDS,
+    ) -> None:
         self._agent_argv = list(agent_argv)
-        self._pool_arguments = _preload_options(preload)
+        self._preload = list(preload)
+        self._left_out: dict[str, str] = {}
+        """Configured modules that the pool does without from now on, and why."""
+        self._import_seconds = import_seconds
+        self._importing: str | None = None
+        self._overdue: float | None = None
+        """When the pool must have imported it."""
+        self._excused = False
+        """The pool's end would count for nothing: it has been ready, or a module is to blame."""
+        self._unready_pools = 0
         self._page = NodePage.create(slots)
         self._agent = _Part("agent")
         self._pool = _Part("pool")
@@ -147,11 +172,18 @@ class Keeper:
             while status is None:
                 self._start_what_is_due()
                 due = [part.due for part in (self._agent, self._pool) if part.pid == 0]
+                if self._overdue is not None:
+                    due.append(self._overdue)
                 pause = max(0.0, min(due) - time.monotonic()) * 1000 + 1 if due else None
                 ready = [fd for fd, _ in self._poll.poll(pause)]
                 if parent in ready:
                     _say("the process that started the keeper is gone: ending")
                     return ExitCode.CANCELLED
+                if self._pool.channel is not None and self._pool.channel.fileno() in ready:
+                    self._hear_pool()
+                if self._overdue is not None and self._overdue <= time.monotonic():
+                    self._give_module_up(f"its import takes longer than {self._import_seconds:g} s")
+                    send(self._pool.pid, signal.SIGKILL)
                 status = self._reap() if self._hear_signals() else None
             return status
         finally:
@@ -193,7 +225,11 @@ class Keeper:
             environment[INHERITED_VARIABLE] = json.dumps(numbers)
         else:
             fds = ["--page", str(self._page.fd), "--keeper", str(theirs.fileno())]
-            argv = [sys.executable, "-P", "-m", "hpcft.pool", *fds, *self._pool_arguments]
+            wanted = [module for module in self._preload if module not in self._left_out]
+            without = [word for module, why in self._left_out.items() for word in ("--left-out", module, why)]
+            argv = [sys.executable, "-P", "-m", "hpcft.pool", *fds, *_preload_options(wanted), *without]
+            self._excused = False
+            self._poll.register(ours, select.POLLIN)
         keeper = os.getpid()
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         pid = os.fork()
@@ -233,6 +269,36 @@ class Keeper:
                 assert part.channel is not None
                 socket.send_fds(part.channel, [packet], [end.fileno()])
 
+    def _hear_pool(self) -> None:
+        """What it is about to import, or that it is ready."""
+        channel = self._pool.channel
+        assert channel is not None
+        while True:
+            try:
+                packet = channel.recv(_PACKET)
+            except BlockingIOError:
+                return
+            except OSError:
+                packet = b""
+            if not packet:
+                with suppress(KeyError):
+                    self._poll.unregister(channel)  # how it ended is told by SIGCHLD
+                return
+            with suppress(ValueError, TypeError, KeyError):  # a module may write anywhere
+                module = json.loads(packet)["importing"]
+                if module is None:
+                    self._importing, self._overdue = None, None
+                    self._excused, self._unready_pools = True, 0
+                elif module in self._preload and not self._excused:
+                    self._importing, self._overdue = module, time.monotonic() + self._import_seconds
+
+    def _give_module_up(self, why: str) -> None:
+        if self._importing is not None:
+            _say(f"{self._importing} is not preloaded from now on: {why}")
+            self._left_out[self._importing] = why
+            self._excused = True
+        self._importing, self._overdue = None, None
+
     # Signals and deaths
 
     def _hear_signals(self) -> bool:
@@ -257,15 +323,21 @@ class Keeper:
                 if pid == self._agent.pid:
                     final = self._bury(self._agent, status)
                 elif pid == self._pool.pid:
-                    self._bury(self._pool, status)
+                    given_up = self._bury(self._pool, status)
+                    final = given_up if final is None else final
         return final
 
     def _bury(self, part: _Part, status: int) -> int | None:
         other = self._pool if part is self._agent else self._agent
         life = time.monotonic() - part.since
         part.pid = 0
+        if part is self._pool:
+            self._judge_pool(status)
         if part.channel is not None:
+            with suppress(KeyError):
+                self._poll.unregister(part.channel)
             part.channel.close()
+            part.channel = None
         if part is self._agent and os.WIFEXITED(status) and os.WEXITSTATUS(status) in _FINAL:
             return os.WEXITSTATUS(status)
         pause = part.pauses.after(life)
@@ -273,11 +345,24 @@ class Keeper:
         if part is self._agent and part.pauses.short_lives >= _GIVE_UP:
             _say(f"{what}, for the {_GIVE_UP}th time in a row: giving up on this node")
             return ExitCode.INTERNAL
+        if self._unready_pools >= _POOL_GIVE_UP:
+            _say(
+                f"{what}, before it had imported torch, for the {_POOL_GIVE_UP}th time in a row: giving up on this "
+                "node; `hpcft doctor` tries the import"
+            )
+            return ExitCode.UNUSABLE
         _say(f"{what}: starting another in {pause:.1f} s")
         # What it left behind was reparented to us; the other one's tree is not touched.
         self._name_survivors(end_descendants(_SWEEP_SECONDS, without=[other.pid] if other.pid else []))
         part.due = time.monotonic() + pause
         return None
+
+    def _judge_pool(self, status: int) -> None:
+        """What its end was due to: a configured module, or itself."""
+        self._hear_pool()  # the last that it has said
+        self._give_module_up(f"the pool ended with {describe_status(status)} while it imported it")
+        if not self._excused:
+            self._unready_pools += 1
 
     def _end(self) -> None:
         for number in FORWARDED:
@@ -315,10 +400,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hpcft.keeper")
     parser.add_argument("--slots", type=int, required=True, help="workers that the node may have")
     parser.add_argument("--preload", action="append", default=[], metavar="MODULE", help="handed to the pool")
+    parser.add_argument("--import-seconds", type=float, default=IMPORT_SECONDS, help="for each module to preload")
     parser.add_argument("agent", nargs="+", help="the agent's command line, after --")
     options = parser.parse_args(arguments)
     become_subreaper()
-    return int(Keeper(options.agent, options.slots, options.preload).run())
+    keeper = Keeper(options.agent, options.slots, options.preload, options.import_seconds)
+    return int(keeper.run())
 
 
 if __name__ == "__main__":

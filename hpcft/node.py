@@ -173,6 +173,7 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
         grace=config.recovery.grace if config.job.command is not None else 0.0,
         kill_wait=KILL_WAIT_SECONDS,
         branches=orders.from_step is not None and not applied,
+        life=inherited.life,
     )
     control: JobControl = LocalJob()
     if allocation.kind == "slurm":

@@ -5,8 +5,9 @@ can inherit one. It has one thread and one loop over the keeper's channel, the a
 
     agent -> pool   {"op":"spawn","worker","spec"} + [control, stdout, stderr, lifeline?]
                     {"op":"kill","worker","signal"}   {"op":"kill_all"}   {"op":"hold"} + [fd]
-    pool -> agent   pool_ready, unsafe, missing, spawned, exited, fenced, refused
+    pool -> agent   pool_ready, unsafe, missing, leaving, spawned, exited, fenced, refused
     keeper -> pool  {"op":"control"} + [a fresh control channel]
+    pool -> keeper  {"importing"}: a configured module, before each; null when everything is imported
 
 All are SOCK_SEQPACKET, one JSON object per packet. Only a parent can learn how a process ended, which is why the
 pool, not the agent, waits for the workers, and tells at once.
@@ -16,12 +17,14 @@ channel), when the lease in the shared page has run out (the agent may be stoppe
 help), and when the keeper is gone (then it ends, too). Killing means SIGKILL to the worker's process group, then to
 every process of its session, again until none is left; when no worker is meant to live, to every descendant. As a
 subreaper the pool inherits whatever a worker leaves behind. A process in uninterruptible sleep is tried again now
-and then, and never waited for.
+and then, and never waited for. What a preloaded module has started is nobody's worker: it is named, and left alone
+until the pool ends.
 
 **Fork safety.** A child forked after a parallel region ran in the parent hangs in its own first one. Imports are
 therefore made with one thread, and after each a forked child has to finish a parallel region, or the guilty module
 is named and workers are exec'd from then on. The same goes for a module that starts threads or CUDA, and for a
-torch that cannot be imported here at all: the user's command may bring its own.
+torch that cannot be imported here at all: the user's command may bring its own. A configured module that ends the
+pool, or never comes back, costs one pool: the keeper knows from `importing` which it was, and the next does without.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,9 +51,11 @@ import orjson
 from hpcft.page import NodePage
 from hpcft.process import (
     become_subreaper,
+    children,
     descendants,
     die_with_parent,
     end_descendants,
+    lives,
     send,
     session_of,
     state_of,
@@ -104,6 +109,8 @@ class Warmth:
     reason: str = ""
     missing: tuple[tuple[str, str], ...] = ()
     """Configured modules that could not be imported, each with the error. Programs will meet it themselves."""
+    leaving: tuple[tuple[str, str], ...] = ()
+    """Modules whose import has started processes, each with these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,19 +131,30 @@ class _Child:
     doomed: bool = False
 
 
-def warm_up(preload: Sequence[str]) -> Warmth:
-    """Import everything, one module at a time, and try a fork after each configured one."""
+def warm_up(
+    preload: Sequence[str],
+    left_out: Sequence[tuple[str, str]] = (),
+    say: Callable[[str], None] = lambda module: None,
+) -> Warmth:
+    """Import everything, one module at a time, and try a fork after each configured one.
+
+    `say` hears of each configured module before it is imported. `left_out` are those that ended a pool before.
+    """
     began = time.monotonic()
-    missing: list[tuple[str, str]] = []
+    missing = list(left_out)
+    started: dict[int, str] = {}
     guilty, reason = "", ""
     for name in (*WARM_IMPORTS, *preload):
-        try:
-            importlib.import_module(name)
-        except (Exception, SystemExit) as error:  # whatever a module raises must not cost the pool
-            if name in WARM_IMPORTS:
-                guilty, reason = name, f"it cannot be imported: {type(error).__name__}: {error}"
-                break
-            missing.append((name, f"{type(error).__name__}: {error}"))
+        if name not in WARM_IMPORTS:
+            say(name)
+        error = _import(name)
+        for pid in descendants(os.getpid()):
+            started.setdefault(pid, name)
+        if error and name in WARM_IMPORTS:
+            guilty, reason = name, f"it cannot be imported: {error}"
+            break
+        if error:
+            missing.append((name, error))
             continue
         if name not in WARM_IMPORTS[:-1]:
             guilty, reason = name, fork_fault()
@@ -144,7 +162,21 @@ def warm_up(preload: Sequence[str]) -> Warmth:
             break
     gc.collect()
     gc.freeze()  # what is here now is never looked at by a child's collector, so its pages stay shared
-    return Warmth(time.monotonic() - began, guilty if reason else None, reason, tuple(missing))
+    leaving: dict[str, list[str]] = {}
+    for pid, name in started.items():
+        if lives(pid):
+            leaving.setdefault(name, []).append(f"{pid} ({command_of(pid)})")
+    left = tuple((name, ", ".join(processes)) for name, processes in leaving.items())
+    return Warmth(time.monotonic() - began, guilty if reason else None, reason, tuple(missing), left)
+
+
+def _import(name: str) -> str:
+    """What went wrong; empty when nothing did."""
+    try:
+        importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # whatever a module raises must not cost the pool
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def fork_fault(seconds: float = _TRIAL_SECONDS) -> str:
@@ -209,6 +241,8 @@ class Pool:
     _children: dict[int, _Child] = field(default_factory=dict)
     _ending: set[int] = field(default_factory=set)
     """Sessions of which nothing may stay."""
+    _left: set[int] = field(default_factory=set)
+    """Children that imports have started. Only children: nobody else can take their number before they are reaped."""
     _sweep_pause: float = _SWEEP_FIRST
     _selector: selectors.BaseSelector = field(default_factory=selectors.PollSelector)
     """poll, not epoll: an epoll instance would be shared with every forked child."""
@@ -216,6 +250,7 @@ class Pool:
     def serve(self) -> Birth | None:
         """Run until the keeper is gone (None), or, in a forked child, return what it is to become."""
         self._keep_open = _open_descriptors() - {self.keeper.fileno()}
+        self._left = set(children(self._pid))
         self._wake, wake = socket.socketpair()
         for end in (self._wake, wake):
             end.setblocking(False)
@@ -285,12 +320,15 @@ class Pool:
                 "pid": self._pid,
                 "seconds": warmth.seconds,
                 "warm": warmth.unsafe is None,
+                "left": sorted(self._left),
             }
         )
         if warmth.unsafe is not None:
             self._tell({"kind": "unsafe", "module": warmth.unsafe, "reason": warmth.reason})
         for module, reason in warmth.missing:
             self._tell({"kind": "missing", "module": module, "reason": reason})
+        for module, processes in warmth.leaving:
+            self._tell({"kind": "leaving", "module": module, "reason": processes})
 
     def _lose_agent(self) -> None:
         """Nobody is left to answer for the workers."""
@@ -422,10 +460,10 @@ class Pool:
             return
         living = [child.pid for child in self._children.values() if not child.doomed]
         left = False
-        for pid in descendants(self._pid, living):
+        for pid in descendants(self._pid, [*living, *self._left]):
             if living and session_of(pid) not in self._ending:
                 continue
-            if state_of(pid) not in ("Z", "X", ""):
+            if lives(pid):
                 left = True
                 send(pid, signal.SIGKILL)
         if not left:
@@ -440,6 +478,7 @@ class Pool:
                     return
                 child = self._children.pop(pid, None)
                 if child is None:
+                    self._left.discard(pid)
                     continue  # an orphan
                 if child.agent == self._agent:
                     self._tell(
@@ -475,6 +514,13 @@ def _signal_group(pid: int, number: int) -> None:
         os.killpg(pid, number)
     except ProcessLookupError:
         send(pid, number)
+
+
+def command_of(pid: int) -> str:
+    """The beginning of a process' command line; empty when it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:80]
+    return ""
 
 
 def _open_descriptors() -> set[int]:
@@ -515,6 +561,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=int, required=True, help="descriptor of the node's shared page")
     parser.add_argument("--keeper", type=int, required=True, help="descriptor of the keeper's channel")
     parser.add_argument("--preload", action="append", default=[], metavar="MODULE", help="import it before forking")
+    parser.add_argument(
+        "--left-out", action="append", default=[], nargs=2, metavar=("MODULE", "WHY"), help="a module not to import"
+    )
     options = parser.parse_args(arguments)
     for fd in (options.page, options.keeper):
         os.set_inheritable(fd, False)
@@ -523,9 +572,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     become_subreaper()
     here = str(Path.cwd())
     sys.path.insert(0, here)  # where a program's own modules are looked for, too
-    warmth = warm_up(options.preload)
+    keeper = socket.socket(fileno=options.keeper)
+
+    def say(module: str | None) -> None:
+        with suppress(OSError):  # its end of file is about to be read
+            keeper.send(orjson.dumps({"importing": module}))
+
+    warmth = warm_up(options.preload, [(module, why) for module, why in options.left_out], say)
+    say(None)
     sys.path.remove(here)
-    pool = Pool(NodePage.attach(options.page), socket.socket(fileno=options.keeper), warmth, inherited)
+    pool = Pool(NodePage.attach(options.page), keeper, warmth, inherited)
     birth = pool.serve()
     if birth is not None:
         become(birth)

@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,28 @@ class PoolReady:
     pid: int
     seconds: float
     warm: bool
+    left: frozenset[int]
+    """Children that imports have started, and that are no workers."""
+
+
+class Fault(StrEnum):
+    """What is wrong with a module, as it is logged."""
+
+    UNSAFE = "does not survive a fork"
+    """Workers are exec'd."""
+    MISSING = "is not imported"
+    """It raises, or has ended a pool."""
+    LEAVING = "leaves processes behind"
+    """They are not taken for workers, and end with the pool."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreloadFault:
-    """A preloaded module does not survive a fork (`unsafe`: workers are exec'd), or cannot be imported."""
+    """Something is wrong with a preloaded module."""
 
     module: str
+    fault: Fault
     reason: str
-    unsafe: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,9 +368,10 @@ class Workers:
         match message["kind"]:
             case "pool_ready":
                 self._ready.set()
-                self._on_pool(PoolReady(message["pid"], message["seconds"], message["warm"]))
-            case "unsafe" | "missing" as kind:
-                self._on_pool(PreloadFault(message["module"], message["reason"], unsafe=kind == "unsafe"))
+                left = frozenset(message["left"])
+                self._on_pool(PoolReady(message["pid"], message["seconds"], message["warm"], left))
+            case "unsafe" | "missing" | "leaving" as kind:
+                self._on_pool(PreloadFault(message["module"], Fault[kind.upper()], message["reason"]))
             case "spawned" if worker is not None:
                 worker.pid = message["pid"]
                 with suppress(OSError):  # it may have ended already: that is told next

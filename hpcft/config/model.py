@@ -118,8 +118,8 @@ class JobSection(_Section):
         (),
         description='Modules, such as `["torchvision"]`, that each node imports once, beside torch, before it forks '
         "workers: what all would import anyway is then there when they start. The agent's log names one that cannot "
-        "be imported, and one that does not survive a fork: then workers start without what was imported. Of no use "
-        "to `command`.",
+        "be imported, one whose import crashes or takes longer than 120 s (the node goes on without it), and one that "
+        "does not survive a fork: then workers start without what was imported. Of no use to `command`.",
     )
 
     @model_validator(mode="after")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,3 +118,20 @@ def test_a_module_that_cannot_be_preloaded_is_named_and_costs_nothing(
     assert "no_such_module is not imported: ModuleNotFoundError" in (logs / "agent.log").read_text()
     for rank in range(2):
         assert "imported by the pool: True" in (logs / f"g0001-rank{rank:04}.log").read_text()
+
+
+def test_a_preloaded_module_that_starts_a_process_keeps_no_agent_from_joining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "helper.py").write_text("import subprocess\nsubprocess.Popen(['sleep', '1000'])\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    settings = {**exact(tmp_path / "digest", pause=0.1), "job.preload": ["helper"]}
+    with LocalRun(tmp_path, settings, nodes=1, workers=2).start() as run:
+        run.trains()
+        os.kill(run.agent(0), signal.SIGKILL)  # the next one looks for what the first may have left
+        run.trains(generation=2)
+        assert any("sleep" in line for line in run.left())
+        run.ends(0)
+    said = (run.directory / "logs" / "node1" / "agent.log").read_text()
+    assert "helper leaves processes behind: " in said and "(sleep 1000)" in said
+    assert "do not end" not in said

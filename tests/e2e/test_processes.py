@@ -27,6 +27,7 @@ from hpcft.keeper import AGENT_RESTART, Pauses
 from hpcft.page import NodePage, now_ns
 from hpcft.process import children, descendants, lives, state_of
 from hpcft.workers import (
+    Fault,
     Fenced,
     LogLimits,
     PoolEvent,
@@ -93,7 +94,7 @@ async def main():
     inherited = Inherited.take(os.environ)
     pools = []
     def on_pool(event):
-        note(type(event).__name__)
+        note(type(event).__name__, text=str(event))
         if isinstance(event, PoolReady):
             pools.append(event.pid)
     workers = Workers(inherited.keeper, LogLimits(out / "logs"), on_pool)
@@ -780,9 +781,9 @@ async def test_a_module_that_breaks_forks_is_named_and_workers_are_executed(mark
             assert not ready.warm
             await until(lambda: len(node.pool) == 3, "both modules are named")
             faults = {event.module: event for event in node.pool if isinstance(event, PreloadFault)}
-            assert faults["parallel_at_import"].unsafe
+            assert faults["parallel_at_import"].fault is Fault.UNSAFE
             assert "as a parallel region does" in faults["parallel_at_import"].reason
-            assert not faults["broken"].unsafe
+            assert faults["broken"].fault is Fault.MISSING
             assert "not today" in faults["broken"].reason
             text = (
                 "import os, sys, torch\nassert 'harmless' not in sys.modules\ntorch.set_num_threads(2)\n"
@@ -815,10 +816,31 @@ async def test_a_module_after_which_a_child_hangs_is_named(mark: str, tmp_path: 
     try:
         async with agent_of(pool, tmp_path / "logs") as node:
             fault = await node.pool_said(PreloadFault)
-            assert (fault.module, fault.unsafe) == ("hanging", True)
+            assert (fault.module, fault.fault) == ("hanging", Fault.UNSAFE)
             assert "does not get through a parallel region" in fault.reason
     finally:
         end_pool(pool)
+
+
+async def test_a_process_that_an_import_has_started_is_named_and_nobodys_worker(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text(
+        "import subprocess\nsubprocess.run(['true'])\n"
+        "subprocess.Popen(['sleep', '1001'])\nsubprocess.Popen(['sleep', '1002'], start_new_session=True)\n"
+    )
+    pool = start_pool(mark, "helper", directory=tmp_path)
+    try:
+        async with agent_of(pool, tmp_path / "logs") as node:
+            fault = await node.pool_said(PreloadFault)
+            assert (fault.module, fault.fault) == ("helper", Fault.LEAVING)
+            assert "(sleep 1001)" in fault.reason and "(sleep 1002)" in fault.reason and "true" not in fault.reason
+            ready = await node.pool_said(PoolReady)
+            assert ready.warm and len(ready.left) == 2
+            node.workers.start("w", spec(script(tmp_path, WITH_LOADERS)))
+            await node.printed("up")
+            assert await node.workers.end(grace=0.0) == ()
+            await until(lambda: set(marked(mark)) == {pool.process.pid, *ready.left}, "only the worker's have ended")
+    finally:
+        end_pool(pool)  # now they have
 
 
 # The whole node: keeper, agent, pool, worker
@@ -855,13 +877,19 @@ class Whole:
 def start_node(mark: str, tmp_path: Path) -> Iterator[Callable[..., Whole]]:
     processes: list[subprocess.Popen[bytes]] = []
 
-    def start(text: str = WITH_LOADERS, lease: float = 0.0, way: str = "script", **variables: str) -> Whole:
+    def start(
+        text: str = WITH_LOADERS,
+        lease: float = 0.0,
+        way: str = "script",
+        keeper: tuple[str, ...] = (),
+        **variables: str,
+    ) -> Whole:
         program = script(tmp_path, text, "worker.py")
         if way == "command":
             program = {"command": [sys.executable, program["script"]]}
         agent = tmp_path / "agent.py"
         agent.write_text(AGENT)
-        command = [sys.executable, "-P", "-m", "hpcft.keeper", "--slots", "2", "--"]
+        command = [sys.executable, "-P", "-m", "hpcft.keeper", "--slots", "2", *keeper, "--"]
         command += [sys.executable, str(agent), str(tmp_path), json.dumps(spec(program)), str(lease)]
         environment = {**os.environ, MARK: mark, **variables}
         process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -988,6 +1016,43 @@ def test_an_agent_that_cannot_be_started_ends_the_keeper(mark: str) -> None:
     result = subprocess.run(command, env={**os.environ, MARK: mark}, capture_output=True, timeout=GENEROUS, check=False)
     assert result.returncode == 14
     assert b"cannot start the agent (/no/such/agent)" in result.stderr
+    wait_until_nothing_is_left(mark, 15)
+
+
+def test_a_module_that_ends_the_pool_or_never_comes_back_is_left_out(
+    start_node: Callable[..., Whole], tmp_path: Path
+) -> None:
+    (tmp_path / "sound.py").write_text("")
+    (tmp_path / "crashing.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    (tmp_path / "hanging.py").write_text("import time\ntime.sleep(1000)\n")
+    preload = [word for name in ("crashing", "hanging", "sound") for word in ("--preload", name)]
+    node = start_node(
+        "import sys\nprint('up', [name in sys.modules for name in ('crashing', 'hanging', 'sound')])\n"
+        "import time\ntime.sleep(1000)",
+        keeper=("--import-seconds", "8", *preload),
+        PYTHONPATH=str(tmp_path),
+    )
+    node.up(all_of_it=False)
+    log = node.out / "logs" / "w.log"
+    wait_for(lambda: log.read_text() == "up [False, False, True]\n", "only the sound one has been imported")
+    faults = [event["text"] for event in node.events("PreloadFault")]
+    assert len(faults) == 2
+    assert "crashing" in faults[0] and "the pool ended with SIGSEGV" in faults[0]
+    assert "hanging" in faults[1] and "takes longer than 8 s" in faults[1]
+    assert len(node.events("PoolReady")) == 1
+
+
+def test_a_pool_that_can_never_start_ends_the_node(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    agent = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    command = [sys.executable, "-P", "-m", "hpcft.keeper", "--slots", "1", "--", *agent]
+    variables = {MARK: mark, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=GENEROUS, check=False
+    )
+    assert result.returncode == 14
+    last = result.stderr.splitlines()[-1]
+    assert "SIGSEGV" in last and "for the 5th time in a row: giving up on this node; `hpcft doctor`" in last
     wait_until_nothing_is_left(mark, 15)
 
 
