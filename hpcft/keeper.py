@@ -22,6 +22,8 @@ their death signal, what they left is killed here, and the agent lives on. Keepe
 the pool by end of file, after it has killed its descendants. Whoever started the keeper (slurmstepd): the keeper
 ends, for Slurm no longer knows of the node; seen by a pidfd, because a death signal would follow a thread.
 
+**Orders** for the agents come in a sealed memory file: a command line can be read by every user of the machine.
+
 **Signals** reach the keeper alone, as agent and pool have sessions of their own, and are passed on to the agent
 once. The agent is started with them blocked: one that comes before its handlers stand waits there, and is not the
 end of it. `Inherited.unblock_signals` is the agent's way to say that it is ready. The keeper's own start is covered in
@@ -31,6 +33,7 @@ the same way: `become` blocks them, and they are let in when the handlers stand.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import select
@@ -78,12 +81,14 @@ _PACKET = 1 << 16
 class Inherited:
     """What the agent finds: the shared page, and the channel to the keeper, where the pool's channel arrives.
 
-    End of file on `keeper` means that the keeper is gone. `life` counts the agents of this keeper from 1.
+    End of file on `keeper` means that the keeper is gone. `life` counts the agents of this keeper from 1. `orders` is
+    what was handed to `become`.
     """
 
     page: NodePage
     keeper: socket.socket
     life: int
+    orders: bytes
 
     @classmethod
     def take(cls, environ: Mapping[str, str]) -> Self | None:
@@ -95,7 +100,12 @@ class Inherited:
         for name in ("page", "keeper"):
             os.set_inheritable(numbers[name], False)
         keeper = socket.socket(fileno=numbers["keeper"])
-        return cls(NodePage.attach(numbers["page"]), keeper, numbers["life"])
+        orders = b""
+        if numbers["orders"] is not None:
+            # not read(): all agents of this keeper share one position in the file
+            orders = os.pread(numbers["orders"], os.fstat(numbers["orders"]).st_size, 0)
+            os.close(numbers["orders"])
+        return cls(NodePage.attach(numbers["page"]), keeper, numbers["life"], orders)
 
     @staticmethod
     def unblock_signals() -> None:
@@ -136,9 +146,11 @@ class Keeper:
         agent_argv: Sequence[str],
         slots: int,
         preload: Sequence[str],
+        orders: int | None = None,
         import_seconds: float = IMPORT_SECONDS,
     ) -> None:
         self._agent_argv = list(agent_argv)
+        self._orders = orders
         self._preload = list(preload)
         self._left_out: dict[str, str] = {}
         """Configured modules that the pool does without from now on, and why."""
@@ -221,7 +233,12 @@ class Keeper:
         environment = dict(os.environ)
         if part is self._agent:
             argv = self._agent_argv
-            numbers = {"page": self._page.fd, "keeper": theirs.fileno(), "life": part.lives}
+            numbers = {
+                "page": self._page.fd,
+                "keeper": theirs.fileno(),
+                "life": part.lives,
+                "orders": self._orders,
+            }
             environment[INHERITED_VARIABLE] = json.dumps(numbers)
         else:
             fds = ["--page", str(self._page.fd), "--keeper", str(theirs.fileno())]
@@ -240,6 +257,8 @@ class Keeper:
                 if part is self._agent:
                     # The pool has no death signal: it has descendants to kill first.
                     die_with_parent(keeper)
+                    if self._orders is not None:
+                        os.set_inheritable(self._orders, True)
                 else:
                     # Slurm without cgroups signals every process of the step: that must not end a pool that imports.
                     for ignored in FORWARDED:
@@ -382,13 +401,25 @@ def _say(text: str) -> None:
             os.write(2, f"hpcft keeper: {text}\n".encode())
 
 
-def become(agent_argv: Sequence[str], *, slots: int, preload: Sequence[str] = ()) -> NoReturn:
-    """Go on as the keeper of this node, in a fresh interpreter with the same pid. Its exit status is the agent's."""
+def become(agent_argv: Sequence[str], *, slots: int, preload: Sequence[str] = (), orders: bytes = b"") -> NoReturn:
+    """Go on as the keeper of this node, in a fresh interpreter with the same pid. Its exit status is the agent's.
+
+    Every agent finds `orders` in what it inherits.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-    options = ["--slots", str(slots), *_preload_options(preload)]
+    options = ["--slots", str(slots), "--orders", str(_sealed(orders)), *_preload_options(preload)]
     os.execv(sys.executable, [sys.executable, "-P", "-m", "hpcft.keeper", *options, "--", *agent_argv])
+
+
+def _sealed(content: bytes) -> int:
+    """A file in memory that passes through an exec, and never changes."""
+    fd = os.memfd_create("hpcft-orders", os.MFD_ALLOW_SEALING)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
 
 
 def _preload_options(preload: Sequence[str]) -> list[str]:
@@ -401,10 +432,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slots", type=int, required=True, help="workers that the node may have")
     parser.add_argument("--preload", action="append", default=[], metavar="MODULE", help="handed to the pool")
     parser.add_argument("--import-seconds", type=float, default=IMPORT_SECONDS, help="for each module to preload")
+    parser.add_argument("--orders", type=int, help="descriptor of a file in memory that every agent gets")
     parser.add_argument("agent", nargs="+", help="the agent's command line, after --")
     options = parser.parse_args(arguments)
+    if options.orders is not None:
+        os.set_inheritable(options.orders, False)
     become_subreaper()
-    keeper = Keeper(options.agent, options.slots, options.preload, options.import_seconds)
+    keeper = Keeper(options.agent, options.slots, options.preload, options.orders, options.import_seconds)
     return int(keeper.run())
 
 

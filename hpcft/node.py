@@ -71,11 +71,11 @@ class Orders:
     config: Config
     from_step: Step | None
 
-    def to_text(self) -> str:
-        return orjson.dumps({"config": orjson.Fragment(self.config.to_json()), "from_step": self.from_step}).decode()
+    def to_json(self) -> bytes:
+        return orjson.dumps({"config": orjson.Fragment(self.config.to_json()), "from_step": self.from_step})
 
     @classmethod
-    def from_text(cls, text: str) -> Orders:
+    def from_json(cls, text: bytes) -> Orders:
         raw = orjson.loads(text)
         return cls(Config.from_json(orjson.dumps(raw["config"])), raw["from_step"])
 
@@ -99,8 +99,8 @@ def keep(config: Config, *, from_step: int | None = None) -> NoReturn:
     if from_step is not None and not directory.branch(allocation.job_id).exists():
         checkpoint_read.of_step(directory.checkpoints, Step(from_step))
     orders = Orders(config, Step(from_step) if from_step is not None else None)
-    command = [sys.executable, "-P", "-m", "hpcft.node", orders.to_text()]
-    keeper.become(command, slots=slots, preload=config.job.preload)
+    command = [sys.executable, "-P", "-m", "hpcft.node"]
+    keeper.become(command, slots=slots, preload=config.job.preload, orders=orders.to_json())
 
 
 def run_directory(config: Config) -> RunDirectory:
@@ -360,7 +360,7 @@ def main() -> int:
             raise UnusableError("the agent was not started by a keeper", "use `hpcft agent CONFIG`")
         quiet_torch()
         allow_connections()
-        orders = Orders.from_text(sys.argv[1])
+        orders = Orders.from_json(inherited.orders)
         allocation = from_environment(os.environ)
         address = own_address(allocation)
         forget_dns()  # from here on only addresses are used

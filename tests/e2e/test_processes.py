@@ -1087,6 +1087,7 @@ def test_the_agent_command_becomes_a_small_keeper(mark: str, tmp_path: Path) -> 
     config = tmp_path / "c.toml"
     config.write_text(
         f'[run]\nname = "c"\nroot = "{tmp_path}"\n[job]\ncommand = ["sleep", "1000"]\n[nodes]\nworkers_per_node = 1\n'
+        '[train]\nkey = "not-for-everybody"\n'
     )
     local = {"NODE": "node1", "NODES": "node1", "ADDRESS": "127.0.0.1", "JOB": mark, "RESTARTS": "0"}
     variables = {MARK: mark, **{f"HPCFT_LOCAL_{name}": value for name, value in local.items()}}
@@ -1099,6 +1100,8 @@ def test_the_agent_command_becomes_a_small_keeper(mark: str, tmp_path: Path) -> 
         assert len(children(node.pid)) == 2
         status = Path(f"/proc/{node.pid}/status").read_text()
         assert int(status.partition("VmRSS:")[2].split()[0]) < 24 << 10, "kB, of which an interpreter needs half"
+        lines = [command_of(pid) for pid in (node.pid, *descendants(node.pid))]
+        assert not any("not-for-everybody" in line for line in lines), "every user of the machine can read these"
         node.terminate()
         assert node.wait(GENEROUS) == 12
     wait_until_nothing_is_left(mark, 15)
