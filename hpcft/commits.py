@@ -4,11 +4,14 @@ Every rank writes its files and reports; when all ranks of the generation have r
 writes the manifest and renames (`checkpoint.commit`). A save that can no longer become a checkpoint is given up with
 a reason, once; training never waits for any of this.
 
+The last checkpoint of a start has seconds, so nothing that takes long happens on that thread. It decides what goes,
+and puts it into the trash: so what is deleted, and what is written, has one order. The trash is emptied, slowly, on a
+second thread, which touches nothing else. A third one reads what a rank found damaged.
+
 Retention follows when the world has taken the checkpoint into its lineage: what is committed for a generation that is
 over by then (the thread was late) must not cost one that counts.
 
-The same thread looks at a checkpoint that a rank found damaged. One node's word condemns none: only what this node
-cannot verify either is set aside.
+One node's word condemns no checkpoint: only what this node cannot verify either is set aside.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class Retention:
 class Commits:
     """Gathers the current generation's reports and commits them on a thread of its own.
 
-    The methods belong to the event loop; `deliver` is called on the thread, with the event that came of a save.
+    The methods belong to the event loop; `deliver` is called on a thread, with the event that came of a save.
     """
 
     def __init__(self, root: Path, run: RunId, retained: Retention, deliver: Callable[[Event], None]) -> None:
@@ -65,17 +68,18 @@ class Commits:
         self._reports: dict[Step, dict[Rank, ShardReport]] = {}
         self._settled: set[Step] = set()
         """Saves of which the last word has been spoken: what is said of them again changes nothing."""
-        self._parent: str | None = None  # the thread's: the newest checkpoint of the lineage
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="hpcft-commit", daemon=True)
-        self._thread.start()
+        self._parent: str | None = None  # the committing thread's: the newest checkpoint of the lineage
+        self._closed = threading.Event()
+        self._committing = _Thread("hpcft-commit", root)
+        self._emptying = _Thread("hpcft-trash", root)
+        self._examining = _Thread("hpcft-examine", root)
 
     def follow(self, formation: Formation) -> None:
         """From now on only this generation's saves count; what earlier ones left unfinished is cleaned up."""
         self._formation = formation
         self._reports.clear()
         self._settled.clear()
-        self._jobs.put(lambda: self._turn_to(formation))
+        self._committing.put(lambda: self._turn_to(formation))
 
     def reported(self, generation: Generation, step: Step, rank: Rank, report: Mapping[str, Any]) -> None:
         """Rank `rank` has made its files of `step` durable. It may say so again, when a connection was lost."""
@@ -91,7 +95,7 @@ class Commits:
         for older in [each for each in self._reports if each < step]:
             missing = sorted(set(range(formation.world_size)) - self._reports[older].keys())
             self._give_up(formation, older, f"ranks {missing} have not saved step {older}")
-        self._jobs.put(lambda: self._commit(formation, step, tuple(reports.values())))
+        self._committing.put(lambda: self._commit(formation, step, tuple(reports.values())))
 
     def failed(self, generation: Generation, step: Step, rank: Rank, reason: str) -> None:
         """Rank `rank` could not write its files of `step`."""
@@ -103,19 +107,25 @@ class Commits:
         """The world's lineage has grown: what it no longer needs may go."""
         formation = self._formation
         if formation is not None:
-            self._jobs.put(lambda: self._retain(formation, lineage))
+            self._committing.put(lambda: self._retain(formation, lineage))
 
     def quarantine(self, checkpoint: CheckpointRef, suspicion: str) -> None:
         """Look at a checkpoint that a rank found damaged, and set it aside if it is.
 
         What comes of it is CheckpointDamaged or CheckpointKept.
         """
-        self._jobs.put(lambda: self._deliver(self._examine(checkpoint, suspicion)))
+        self._examining.put(lambda: self._look_at(checkpoint, suspicion))
 
     def close(self, seconds: float = 5.0) -> None:
-        """Finish what is queued; a hanging file system is left behind after `seconds`."""
-        self._jobs.put(None)
-        self._thread.join(seconds)
+        """Finish what is to be committed, and then as much as `seconds` are left for.
+
+        What is left in the trash is the next leader's; a hanging file system is left behind.
+        """
+        until = time.monotonic() + seconds
+        self._committing.end(until)
+        self._examining.end(time.monotonic())
+        self._emptying.end(until)
+        self._closed.set()
 
     def _give_up(self, formation: Formation, step: Step, reason: str) -> None:
         self._reports.pop(step, None)
@@ -123,23 +133,23 @@ class Commits:
             return
         self._settled.add(step)
         name = checkpoint_name(step, formation.generation)
-        self._jobs.put(lambda: retention.discard(self._root, name, formation.nonce))
+        self._committing.put(lambda: self._discard(name, formation.nonce))
         self._deliver(CheckpointFailed(step, formation.generation, reason))
 
-    # --- on the thread ---
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except (OSError, HpcftError) as error:
-                # cleaning up or setting aside; the next generation tries again
-                log.warning("in %s: %s", self._root, error)
+    # --- on the committing thread ---
 
     def _turn_to(self, formation: Formation) -> None:
         restore = formation.restore
         self._parent = _name(restore) if restore is not None else None
-        retention.sweep(self._root, retention.stale(self._root, formation.generation))
+        self._put_into_trash(retention.stale(self._root, formation.generation))
+
+    def _discard(self, name: str, nonce: str) -> None:
+        retention.discard(self._root, name, nonce)
+        self._emptying.put(self._empty_trash)
+
+    def _put_into_trash(self, names: tuple[str, ...]) -> None:
+        retention.put_into_trash(self._root, names)
+        self._emptying.put(self._empty_trash)
 
     def _commit(self, formation: Formation, step: Step, reports: tuple[ShardReport, ...]) -> None:
         began = time.monotonic()
@@ -154,6 +164,33 @@ class Commits:
         self._parent = done.name
         checkpoint = CheckpointRef(step, formation.generation)
         self._deliver(CheckpointCommitted(checkpoint, time.monotonic() - began, done.size))
+
+    def _retain(self, formation: Formation, lineage: tuple[CheckpointRef, ...]) -> None:
+        entries = read.entries(self._root)
+        live = frozenset(map(_name, lineage))
+        restored = (each.restore for each in (formation, self._formation) if each is not None)
+        protected = pinned(self._root) | {_name(each) for each in restored if each is not None}
+        keep, keep_every = self._retained.keep, self._retained.keep_every or None
+        retired = (
+            *retention.retire([each for each in entries if each.name in live], keep, keep_every, protected),
+            *retention.retire_abandoned(entries, live, formation.generation, keep, keep_every, protected),
+        )
+        if retired:
+            gone = tuple(CheckpointRef(each.step, each.generation) for each in entries if each.name in retired)
+            self._deliver(CheckpointsRetired(gone))
+            self._put_into_trash(retired)
+
+    # --- on the others ---
+
+    def _empty_trash(self) -> None:
+        for _ in retention.emptying(self._root):
+            if self._closed.wait(1 / retention.PER_SECOND):
+                return
+
+    def _look_at(self, checkpoint: CheckpointRef, suspicion: str) -> None:
+        found = self._examine(checkpoint, suspicion)
+        if not self._closed.is_set():  # nobody has waited for it
+            self._deliver(found)
 
     def _examine(self, checkpoint: CheckpointRef, suspicion: str) -> CheckpointDamaged | CheckpointKept:
         directory = self._root / _name(checkpoint)
@@ -175,21 +212,32 @@ class Commits:
             log.warning("%s is damaged and could not be set aside: %s", directory.name, error)
         return CheckpointDamaged(checkpoint, detail)
 
-    def _retain(self, formation: Formation, lineage: tuple[CheckpointRef, ...]) -> None:
-        entries = read.entries(self._root)
-        live = frozenset(map(_name, lineage))
-        restored = (each.restore for each in (formation, self._formation) if each is not None)
-        protected = pinned(self._root) | {_name(each) for each in restored if each is not None}
-        keep, keep_every = self._retained.keep, self._retained.keep_every or None
-        retired = (
-            *retention.retire([each for each in entries if each.name in live], keep, keep_every, protected),
-            *retention.retire_abandoned(entries, live, formation.generation, keep, keep_every, protected),
-        )
-        if retired:
-            gone = tuple(CheckpointRef(each.step, each.generation) for each in entries if each.name in retired)
-            self._deliver(CheckpointsRetired(gone))
-            retention.sweep(self._root, retired)
-
 
 def _name(checkpoint: CheckpointRef) -> str:
     return checkpoint_name(checkpoint.step, checkpoint.generation)
+
+
+class _Thread:
+    """Does one job after the other."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self._root = root
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, job: Callable[[], None]) -> None:
+        self._jobs.put(job)
+
+    def end(self, until: float) -> None:
+        """After what is queued; not waited for beyond `until` (monotonic)."""
+        self._jobs.put(None)
+        self._thread.join(max(0.0, until - time.monotonic()))
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except (OSError, HpcftError) as error:
+                # cleaning up or setting aside; the next generation tries again
+                log.warning("in %s: %s", self._root, error)

@@ -1,14 +1,15 @@
 """Which checkpoints may go, and how they go. Deciding is pure; deleting is slow on purpose.
 
 A checkpoint that goes is first renamed into `.trash/`, so that nobody is offered half of one, and then unlinked
-file by file with pauses: a burst of unlinks is felt by everyone on a parallel file system. `sweep` also finishes
-what an earlier one left, so a crash costs nothing.
+file by file with pauses: a burst of unlinks is felt by everyone on a parallel file system. The two need not be done by
+the same thread: nothing but what was put into the trash is ever unlinked. Emptying it also finishes what an earlier
+one left, so a crash costs nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,9 @@ from pathlib import Path
 from hpcft import durable
 from hpcft.checkpoint.layout import MARKS, TRASH, CheckpointEntry, parse_name, parse_staging, staging_name
 from hpcft.ids import Generation, Step
+
+PER_SECOND = 200.0
+"""Files unlinked."""
 
 
 def retire(
@@ -74,33 +78,45 @@ def stale(root: Path, current: Generation) -> tuple[str, ...]:
 
 
 def discard(root: Path, name: str, nonce: str) -> None:
-    """Removes the unfinished checkpoint of a save that failed, so that the next one finds its room."""
-    sweep(root, [staging_name(name, nonce)])
+    """Puts the unfinished checkpoint of a save that failed into the trash, so that the next one finds its room."""
+    put_into_trash(root, [staging_name(name, nonce)])
 
 
 def sweep(
-    root: Path, names: Sequence[str], per_second: float = 200.0, pause: Callable[[float], None] = time.sleep
+    root: Path, names: Sequence[str], per_second: float = PER_SECOND, pause: Callable[[float], None] = time.sleep
 ) -> None:
     """Deletes checkpoints, or unfinished ones, by name, and whatever is still in the trash.
 
     Names that are not there are passed over. `per_second` limits the files unlinked.
     """
+    put_into_trash(root, names)
+    for _ in emptying(root):
+        pause(1 / per_second)
+
+
+def put_into_trash(root: Path, names: Sequence[str]) -> None:
+    """Takes them out of sight, into the trash: a few renames, however large they are."""
+    if not names:
+        return
     trash = root / TRASH
-    if names:
-        durable.make_directory(trash)
+    durable.make_directory(trash)
     for name in names:
         if parse_name(name) is None and parse_staging(name) is None and not durable.is_aside(name):
             raise ValueError(f"{name!r} is not a checkpoint")
         _bin(root, trash, name)
-    if names:
-        durable.sync_directory(root)
-    for name in _listed(trash):
-        _delete(trash / name, 1 / per_second, pause)
+    durable.sync_directory(root)
     gone = {name for name in names if parse_name(name) is not None}
     for file in _listed(root / MARKS):
         if file.rpartition(".")[0] in gone:
             with suppress(FileNotFoundError):
                 (root / MARKS / file).unlink()
+
+
+def emptying(root: Path) -> Iterator[None]:
+    """Deletes what is in the trash, one file at each turn. Nobody but this ever looks there."""
+    trash = root / TRASH
+    for name in _listed(trash):
+        yield from _delete(trash / name)
 
 
 def _bin(root: Path, trash: Path, name: str) -> None:
@@ -114,16 +130,16 @@ def _bin(root: Path, trash: Path, name: str) -> None:
         return
 
 
-def _delete(path: Path, interval: float, pause: Callable[[float], None]) -> None:
+def _delete(path: Path) -> Iterator[None]:
     if path.is_dir() and not path.is_symlink():
         for name in _listed(path):
-            _delete(path / name, interval, pause)
+            yield from _delete(path / name)
         with suppress(FileNotFoundError):
             path.rmdir()
         return
     with suppress(FileNotFoundError):
         path.unlink()
-    pause(interval)
+    yield
 
 
 def _listed(directory: Path) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import queue
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +16,9 @@ from checkpoint_samples import NONCE, RUN, committed, pin, save, training_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcft.checkpoint.layout import CheckpointEntry, checkpoint_name
-from hpcft.checkpoint.read import entries
+from hpcft.checkpoint import read
+from hpcft.checkpoint.layout import CheckpointEntry, checkpoint_name, parse_staging, staging_name
+from hpcft.checkpoint.read import Damage, entries, losses
 from hpcft.checkpoint.retention import retire_abandoned
 from hpcft.checkpoint.tree import flatten
 from hpcft.commits import Commits, Retention
@@ -29,7 +32,7 @@ from hpcft.events import (
     Formation,
     Member,
 )
-from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step, Term
+from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 
 WORKERS = 2
 
@@ -56,6 +59,10 @@ def thread(root: Path, keep: int = 2, keep_every: int = 0) -> Iterator[tuple[Com
 def report(commits: Commits, root: Path, step: int, generation: int) -> None:
     for rank, shard in enumerate(save(root, flatten(training_state(step)), step, generation, world_size=WORKERS)):
         commits.reported(Generation(generation), Step(step), Rank(rank), shard.to_json())
+
+
+def unfinished(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if parse_staging(path.name))
 
 
 def left(root: Path) -> list[tuple[int, int]]:
@@ -137,6 +144,71 @@ def test_pinned_ones_stay_on_any_branch(tmp_path: Path) -> None:
         next_event()
         commits.retain((ref(100), ref(150, 2)))
     assert left(tmp_path) == [(100, 1), (300, 1), (150, 2)]
+
+
+def test_a_commit_does_not_wait_until_the_trash_is_empty(tmp_path: Path) -> None:
+    """Of eight thousand ranks, whose files are unlinked one by one."""
+    trash = tmp_path / ".trash"
+    old = trash / checkpoint_name(Step(1), Generation(1))
+    old.mkdir(parents=True)
+    for rank in range(8000):
+        (old / f"{rank}").touch()
+    save(tmp_path, flatten(training_state(50)), 50, 1, world_size=WORKERS)  # which nobody finished
+    said: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    commits = Commits(tmp_path, RUN, Retention(2, 0), said.put)
+    commits.follow(formation(2, None))
+    report(commits, tmp_path, 60, 2)
+    assert isinstance(said.get(timeout=30), CheckpointCommitted)
+    assert left(tmp_path) == [(60, 2)]
+    assert unfinished(tmp_path) == [], "out of the way"
+    began = time.monotonic()
+    commits.close(0.5)
+    assert time.monotonic() - began < 10
+    assert len(list(old.iterdir())) > 0, "what remains is for the next leader"
+
+
+def test_leftovers_go_and_the_generation_that_writes_meanwhile_loses_nothing(tmp_path: Path) -> None:
+    for step in range(10, 20):
+        save(tmp_path, flatten(training_state(step)), step, 1, world_size=WORKERS)
+    assert len(unfinished(tmp_path)) == 10
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(2, None))
+        for step in (20, 30):
+            report(commits, tmp_path, step, 2)
+            assert isinstance(next_event(), CheckpointCommitted)
+        save(tmp_path, flatten(training_state(40)), 40, 2, world_size=WORKERS)
+    assert list((tmp_path / ".trash").iterdir()) == []
+    assert left(tmp_path) == [(20, 2), (30, 2)]
+    assert unfinished(tmp_path) == [staging_name(checkpoint_name(Step(40), Generation(2)), NONCE)]
+    assert not any(losses(tmp_path / checkpoint_name(Step(step), Generation(2)), RUN) for step in (20, 30))
+
+
+def test_a_commit_does_not_wait_until_another_checkpoint_has_been_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed(tmp_path, 100)
+    reading, answer = threading.Event(), threading.Event()
+
+    def hang(directory: Path, run: RunId) -> list[Damage]:
+        reading.set()
+        assert answer.wait(60)
+        return []
+
+    monkeypatch.setattr(read, "losses", hang)
+    said: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    commits = Commits(tmp_path, RUN, Retention(2, 0), said.put)
+    try:
+        commits.quarantine(ref(100), "a digest differs")
+        assert reading.wait(30)
+        commits.follow(formation(2, ref(100)))
+        report(commits, tmp_path, 150, 2)
+        assert isinstance(said.get(timeout=30), CheckpointCommitted)
+        began = time.monotonic()
+        commits.close(30)
+        assert time.monotonic() - began < 10, "nothing is left to wait for but the reader"
+    finally:
+        answer.set()
+    assert said.empty()
 
 
 @settings(max_examples=200, deadline=None)
