@@ -7,6 +7,7 @@ and ends with the run's exit code. What it shows is read from the run directory,
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import signal
@@ -30,6 +31,8 @@ from hpcft.rundir import RunDirectory
 _LOOK_SECONDS = 0.2
 _KILL_SECONDS = 15.0
 _LAST_LINES = 15
+_SILENCE_SECONDS = 30.0
+"""So long nothing is said when a start begins; then, where to look. A module to preload may take its time."""
 
 
 @dataclass(slots=True)
@@ -117,11 +120,16 @@ class _Launcher:
         try:
             for index in range(self._count):
                 start.nodes.append(self._boot(start, index))
+            speaks_at = time.monotonic() + _SILENCE_SECONDS
             while True:
                 snapshot = status.read(self._directory)
                 if snapshot.get("allocation") == start.name:
+                    speaks_at = math.inf
                     reporter.see(snapshot)
                     self._drill(snapshot)
+                elif time.monotonic() > speaks_at:
+                    speaks_at = math.inf
+                    self._say(f"no node leads yet; what node1 does is in {self._log()}")
                 verdict = verdicts.read(self._directory, start.name)
                 if verdict is not None or all(node.poll() is not None for node in start.nodes):
                     break
@@ -206,9 +214,12 @@ class _Launcher:
             return Verdict(Outcome.CANCELLED, int(ExitCode.CANCELLED), "interrupted")
         if codes == [0]:
             return Verdict(Outcome.FINISHED, int(ExitCode.OK), "the run has finished already")
-        log = self._directory.path / "logs" / "node1" / "keeper.log"
+        log = self._log()
         last = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
         raise UnusableError(
             f"the agents ended without a verdict (exit codes {codes}); last lines of {log}:\n{last}",
             "`hpcft doctor CONFIG` checks what a run needs",
         )
+
+    def _log(self) -> Path:
+        return self._directory.path / "logs" / "node1" / "keeper.log"
