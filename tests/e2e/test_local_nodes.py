@@ -99,7 +99,7 @@ def test_killed_agents_cost_no_node(tmp_path: Path, undisturbed: Any) -> None:
     assert status["start"] == 1 and status["world_size"] == 4
     assert [each["cause"] for each in status["incidents"]] == ["agent restarted", "agent restarted"]
     assert "the leader, was restarted" in status["incidents"][1]["culprit"]
-    assert status["incidents"][1]["steps_lost"] == 5, "the other node knows how far they were"
+    assert status["incidents"][1]["steps_lost"] == 5, "the nodes know how far they were"
     assert 0.5 < status["incidents"][1]["downtime_seconds"] < time.monotonic() - killed_at, "from the kill on"
     terms = [json.loads(path.read_bytes()) for path in (run.directory / "terms").iterdir() if path.suffix == ""]
     assert sorted(each["node"] for each in terms) == ["node1", "node1"]
