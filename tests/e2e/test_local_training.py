@@ -114,8 +114,8 @@ def test_workers_killed_at_any_moment_change_nothing(tmp_path: Path, undisturbed
     found = incidents(status)
     assert [(cause, generation) for cause, generation, _ in found] == [("worker failed", n) for n in range(1, 6)]
     lost = [steps for _, _, steps in found]
-    # what lay between kill and checkpoint; one less where another rank was ended in the midst of that very step, and none
-    # where the commit was through
+    # what lay between kill and checkpoint; one less where another rank was ended in the midst of that very step, and
+    # none where the commit was through
     possible = ({2, 3}, {3, 4}, {9, 10}, {9, 10, 0}, {3, 4})
     assert all(steps in each for steps, each in zip(lost, possible, strict=True)), lost
     assert all("SIGKILL" in each["culprit"] for each in status["incidents"]), status["incidents"]
