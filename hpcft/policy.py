@@ -53,6 +53,11 @@ CAUSE_SECONDS = 0.5
 """Where all that is known is a broken collective, its cause is waited for: a core dump delays the report of it."""
 
 
+LAST_COMMIT_SECONDS = 600.0
+"""How long the last checkpoint's commit is waited for when every rank has returned."""
+NO_STEP_SECONDS = 10.0
+"""The same where no step was made: then there is seldom one to come."""
+
 EXAMINE_SECONDS = 600.0
 """How long the leader may take to read a checkpoint that a rank found damaged, before that is tried again as it is."""
 
@@ -95,7 +100,7 @@ def decide(world: World, rules: Rules, now: float) -> Decided:
     inquiry = _inquire(world, rules, now)
     if inquiry.actions:
         return inquiry
-    finished = _finish(world, rules)
+    finished = _finish(world, rules, now)
     if finished.actions:
         return finished  # nothing is left to do, whoever asks for what
     leaving = _termination(world, rules, now)
@@ -431,7 +436,7 @@ def _all_returned(world: World) -> bool:
     return world.formation is not None and len(world.returned) == world.formation.world_size
 
 
-def _finish(world: World, rules: Rules) -> Decided:
+def _finish(world: World, rules: Rules, now: float) -> Decided:
     """The end, if every rank has returned and what they have reached is safe."""
     if not _all_returned(world):
         return NOTHING
@@ -442,7 +447,20 @@ def _finish(world: World, rules: Rules) -> Decided:
     if world.restore is None or world.restore.step < step:
         # exit status 0 without the final checkpoint is not success
         if world.save_failed is None or world.save_failed[0] < step:
-            return NOTHING  # its commit is on its way
+            patience = LAST_COMMIT_SECONDS if step else NO_STEP_SECONDS
+            if now < world.returned_at + patience:
+                return NOTHING  # its commit is on its way
+            if not step:
+                return _stop(
+                    ExitCode.USER_CODE,
+                    "all ranks ended well without a step and without a checkpoint: does the program call "
+                    "`hpcft.main(train)`? (a program of its own is started with job.command)",
+                )
+            return _stop(
+                ExitCode.UNUSABLE,
+                f"training returned after step {step}, and its last checkpoint was not committed within "
+                f"{human_duration(LAST_COMMIT_SECONDS)}",
+            )
         return _stop(
             ExitCode.UNUSABLE,
             f"training returned after step {step}, but its last checkpoint could not be written: "

@@ -213,6 +213,8 @@ class World:
     failures: tuple[WorkerFailed, ...] = ()
     """Of the current generation, in the order they were reported."""
     returned: frozenset[Rank] = frozenset()
+    returned_at: float = 0.0
+    """When the last of them did."""
     stopped: frozenset[Rank] = frozenset()
     lost_members: tuple[NodeId, ...] = ()
     """Members of the current formation that are no longer in office."""
@@ -360,7 +362,7 @@ def apply(world: World, event: Event, now: float) -> World:
         case WorkerReturned():
             if not _current(world, event.generation):
                 return world
-            return replace(world, returned=world.returned | {event.rank})
+            return replace(world, returned=world.returned | {event.rank}, returned_at=now)
         case WorkerStopped():
             if not _current(world, event.generation):
                 return world
