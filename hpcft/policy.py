@@ -44,7 +44,7 @@ from hpcft.events import (
 )
 from hpcft.ids import Generation, Rank
 from hpcft.membership import Timing, takes_effect
-from hpcft.units import human_duration
+from hpcft.units import counted, human_duration
 from hpcft.world import Budget, Node, Phase, World
 
 NOTHING = Decided((), "")
@@ -195,7 +195,7 @@ def _gather(world: World, rules: Rules, now: float) -> Decided:
     if len(world.expected) < rules.minimum_nodes:
         return _stop(
             ExitCode.BELOW_MINIMUM,
-            f"the allocation has {_count(len(world.expected), 'node')}, nodes.min asks for {rules.minimum_nodes}",
+            f"the allocation has {counted(len(world.expected), 'node')}, nodes.min asks for {rules.minimum_nodes}",
         )
     if missing and waited < rules.join_timeout:
         return NOTHING
@@ -330,7 +330,7 @@ def _recover(world: World, rules: Rules, now: float, what: str) -> Decided:
             world,
             rules,
             now,
-            f"{what}; {_count(len(world.nodes), 'node')} left, nodes.min is {rules.minimum_nodes}",
+            f"{what}; {counted(len(world.nodes), 'node')} left, nodes.min is {rules.minimum_nodes}",
         )
     older_instead = isinstance(world.examined, CheckpointDamaged)
     if not older_instead and world.broken_at is not None and now < world.broken_at + _backoff(world, rules):
@@ -358,12 +358,8 @@ def _exhausted(world: World, rules: Rules, now: float) -> str:
             return f"{used} {what} within {rules.window:.0f} s, {limit} are allowed"
     fruitless = world.fruitless_so_far
     if rules.saves and rules.no_progress_generations and fruitless >= rules.no_progress_generations:
-        return f"{_count(fruitless, 'generation')} in a row ended without passing step {world.high_step}"
+        return f"{counted(fruitless, 'generation')} in a row ended without passing step {world.high_step}"
     return ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _backoff(world: World, rules: Rules) -> float:
@@ -413,7 +409,7 @@ def _propose(world: World, rules: Rules, now: float, what: str) -> Decided:
         return _stop_damaged(world, f"{what}; no checkpoint is left")
     members = assign(_candidates(world, rules, now), rules.multiple_of)
     if len(members) < rules.minimum_nodes:
-        least = f"{_count(rules.minimum_nodes, 'node')} or more"
+        least = f"{counted(rules.minimum_nodes, 'node')} or more"
         reason = f"{what}; no world of {least} has a number of ranks divisible by {rules.multiple_of}"
         if len(world.nodes) >= len(world.expected):
             return _stop(ExitCode.BELOW_MINIMUM, reason)  # more nodes than there are cannot come
@@ -427,8 +423,8 @@ def _propose(world: World, rules: Rules, now: float, what: str) -> Decided:
     start = f"from the checkpoint of step {restore.step}" if restore else "from the beginning"
     return Decided(
         (Propose(formation),),
-        f"{what}: generation {generation} with {_count(len(members), 'node')} "
-        f"and {_count(formation.world_size, 'rank')}, {start}",
+        f"{what}: generation {generation} with {counted(len(members), 'node')} "
+        f"and {counted(formation.world_size, 'rank')}, {start}",
     )
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hpcft.units import human_duration
+from hpcft.units import counted, human_duration
 
 _LINE_SECONDS = 2.0
 _STATE_SECONDS = 10.0
@@ -40,7 +40,9 @@ class Reporter:
         if status["generation"] != self._generation and status["world_size"]:
             self._generation = status["generation"]
             members = sum(bool(node["ranks"]) for node in status["nodes"])
-            self._say(f"generation {self._generation}  {status['world_size']} ranks on {members} nodes")
+            self._say(
+                f"generation {self._generation}  {counted(status['world_size'], 'rank')} on {counted(members, 'node')}"
+            )
         self._see_incidents(status)
         for each in status["checkpoints"]:
             if _checkpoint(each) not in self._checkpoints:

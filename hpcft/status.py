@@ -19,7 +19,7 @@ from hpcft.events import Member, WorkerReport
 from hpcft.ids import Rank
 from hpcft.policy import Rules, silence
 from hpcft.rundir import STATUS_FRESH_SECONDS, RunDirectory
-from hpcft.units import human_duration
+from hpcft.units import counted, human_duration
 from hpcft.world import Incident, Node, Phase, World
 
 SCHEMA = 1
@@ -205,7 +205,7 @@ def _lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
         yield f"  loss        {status['loss']:.4f}"
     nodes = len({worker["node"] for worker in status["workers"]})
     yield (
-        f"  world       {_counted(status['world_size'], 'rank')} on {_counted(nodes, 'node')}, "
+        f"  world       {counted(status['world_size'], 'rank')} on {counted(nodes, 'node')}, "
         f"generation {status['generation']}, start {status['start']}, leader {status['leader']}"
     )
     elapsed = human_duration(status["elapsed_seconds"])
@@ -218,10 +218,6 @@ def _lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
     yield f"  budget      {', '.join(budgets)} used"
     yield from _node_lines(status, width)
     yield from _incident_lines(status, width)
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _silence_of(status: Mapping[str, Any]) -> str:
@@ -285,7 +281,7 @@ def _incident_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
         lost = incident["steps_lost"]
         after = "not over yet" if down is None else f"{down:.2f} s down"
         if lost is not None:
-            after += f", {_counted(lost, 'step')} lost"
+            after += f", {counted(lost, 'step')} lost"
         what = f"#{incident['number']} {incident['cause']}: {incident['culprit']} ({after})"
         yield from _wrapped(what, width, 2, hang=3)
         if incident["reason"]:

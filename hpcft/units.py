@@ -125,6 +125,11 @@ def human_duration(seconds: float) -> str:
 # --- sizes -----------------------------------------------------------------------------------------------------
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 node`, `2 nodes`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def parse_size(value: object) -> int:
     """Bytes from text such as "16MiB", "1GiB" (powers of 1024) or "4MB" (powers of 1000).
 
