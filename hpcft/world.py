@@ -303,7 +303,9 @@ class World:
     @property
     def fruitless_so_far(self) -> int:
         """Generations in a row without progress, this one included if it has failed."""
-        return self.fruitless + (self.phase is Phase.RUNNING and self.broken and not self.advanced)
+        # a damaged checkpoint was set aside: the next try is another one, and there are only so many
+        same_again = not isinstance(self.examined, CheckpointDamaged)
+        return self.fruitless + (self.phase is Phase.RUNNING and self.broken and not self.advanced and same_again)
 
     @property
     def open_incident(self) -> Incident | None:
@@ -427,7 +429,8 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
         strikes=world.strikes,
         total_steps=world.total_steps,
         known_bugs=world.known_bugs,
-        fruitless=world.fruitless,
+        # an operator who starts it anew has mended something; Slurm's requeue has not
+        fruitless=world.fruitless if _job(event.allocation) == _job(world.allocation) else 0,
         high_step=world.high_step,
         starts=world.starts + (event.allocation != world.allocation),
         undone=world.undone,
@@ -451,6 +454,11 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
         why = f"{event.node}: its agent, the leader, was restarted"
         return _open_incident(fresh, "agent restarted", why, Budget.INFRASTRUCTURE, since, before=before)
     return fresh
+
+
+def _job(allocation: str) -> str:
+    """A start's name is that of its job and the count of its restarts."""
+    return allocation.rpartition(".")[0]
 
 
 def _join(world: World, event: NodeJoined, now: float) -> World:
