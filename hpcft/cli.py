@@ -4,8 +4,8 @@ Every command imports what it needs when it runs, so that `import hpcft.cli` sta
 rich, no asyncio. `hpcft status` has to answer at once, on login nodes and from slow file systems.
 
 `main` is the one way in. It turns whatever ends a command into an exit code of docs/exit-codes.md: errors meant for
-users become a message and a hint on stderr (one JSON object there under `--json`); everything else is a defect and
-keeps its traceback. The commands and options are frozen in docs/cli.md, and a test compares the two.
+users, and those of the operating system, become a message and a hint on stderr (one JSON object there under
+`--json`); everything else is a defect and keeps its traceback. The commands and options are frozen in docs/cli.md, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -433,6 +433,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error.format_message(), _usage_hint(error), ExitCode.USAGE, given)
     except HpcftError as error:
         return _complain(error.message, error.hint, error.exit_code, given)
+    except OSError as error:
+        named = f"{os.fsdecode(error.filename)} cannot be used: " if isinstance(error.filename, str | bytes) else ""
+        hint = "check its owner and permissions, and the file system it is on" if named else ""
+        return _complain(f"{named}{error.strerror or error}", hint, ExitCode.UNUSABLE, given)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return INTERRUPTED

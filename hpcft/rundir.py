@@ -159,11 +159,17 @@ def _own(directory: Path) -> None:
 
 
 def runs(root: Path) -> list[RunDirectory]:
-    """All runs under `root`, the most recently active first."""
+    """All runs under `root`, the most recently active first; without what cannot be read, somebody else's perhaps."""
     if not root.is_dir():
         return []
-    found = [RunDirectory(path) for path in root.iterdir() if (path / "run.json").is_file()]
-    return sorted(found, key=_last_active, reverse=True)
+    return sorted((RunDirectory(path) for path in root.iterdir() if _holds_run(path)), key=_last_active, reverse=True)
+
+
+def _holds_run(path: Path) -> bool:
+    try:
+        return (path / "run.json").is_file()
+    except OSError:
+        return False
 
 
 def _last_active(run: RunDirectory) -> float:
@@ -190,15 +196,15 @@ def find_run(root: Path, run: str | None) -> RunDirectory:
     Raises:
         NotFoundError: there is none, or several are live; the message lists what there is.
     """
-    known = runs(root)
-    names = ", ".join(each.name for each in known[:8]) or "none"
     if run is not None:
         for candidate in (root / run, Path(run)):
             if (candidate / "run.json").is_file():
                 return RunDirectory(candidate.resolve())
+        names = ", ".join(each.name for each in runs(root)[:8]) or "none"
         raise NotFoundError(
             f"there is no run {run!r} under {root}", f"runs there: {names}; --root names another directory"
         )
+    known = runs(root)
     if not known:
         raise NotFoundError(
             f"there is no run under {root}", "--root names another directory; `hpcft submit` starts a run"

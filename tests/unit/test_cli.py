@@ -168,6 +168,20 @@ def test_under_json_a_mistake_is_json(tmp_path: Path) -> None:
     assert error["hint"]
 
 
+def test_what_the_operating_system_refuses_is_one_message_and_exit_code_14(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", "one")
+    run.checkpoints.rmdir()
+    run.checkpoints.write_text("no directory")
+    (run.path / "logs").rmdir()
+    (run.path / "logs").write_text("no directory")
+    for arguments, name in ((["ckpt", "ls"], "checkpoints/.marks"), (["logs"], "logs")):
+        done = hpcft(*arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (14, ""), done.stderr
+        assert done.stderr.startswith("error: ")
+        assert f"runs/one/{name} cannot be used: Not a directory" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_what_belongs_to_sbatch_does_not_make_errors_json(tmp_path: Path) -> None:
     done = hpcft("submit", "missing.toml", "--", "--json", cwd=tmp_path)
     assert done.returncode == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,26 @@ def test_a_torn_status_is_not_live(tmp_path: Path) -> None:
     run = make(tmp_path, "demo", state="training")
     run.status.write_bytes(b'{"state": "trai')
     assert not is_live(run)
+
+
+def test_a_directory_that_cannot_be_read_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "first")
+    make(tmp_path, "locked")
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:  # by hand: permissions do not bind root
+        if path.parent.name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert [run.name for run in runs(tmp_path)] == ["first"]
+    assert find_run(tmp_path, None).name == "first"
+    assert find_run(tmp_path, "first").name == "first"
+    with pytest.raises(PermissionError):
+        find_run(tmp_path, "locked")
 
 
 def test_by_name_by_path_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
