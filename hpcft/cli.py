@@ -4,8 +4,9 @@ Every command imports what it needs when it runs, so that `import hpcft.cli` sta
 rich, no asyncio. `hpcft status` has to answer at once, on login nodes and from slow file systems.
 
 `main` is the one way in. It turns whatever ends a command into an exit code of docs/exit-codes.md: errors meant for
-users, and those of the operating system, become a message and a hint on stderr (one JSON object there under
-`--json`); everything else is a defect and keeps its traceback. The commands and options are frozen in docs/cli.md, and a test compares the two.
+users, and what the operating system refuses, become a message and a hint on stderr (one JSON object there under
+`--json`); everything else is a defect and keeps its traceback. The commands and options are frozen in docs/cli.md, and
+a test compares the two.
 """
 
 from __future__ import annotations
