@@ -103,6 +103,10 @@ class Commits:
         if formation is not None and formation.generation == generation:
             self._give_up(formation, step, f"rank {rank}: {reason}")
 
+    def settled(self, step: Step) -> bool:
+        """Whether all ranks have reported this save, or one that it has failed."""
+        return step in self._settled
+
     def retain(self, lineage: tuple[CheckpointRef, ...]) -> None:
         """The world's lineage has grown: what it no longer needs may go."""
         formation = self._formation

@@ -66,6 +66,8 @@ from hpcft.ids import Generation, NodeId, Rank, RunId, Step
 from hpcft.journal import PROGRESS_LINES_PER_SECOND, PROGRESS_SECONDS, Journal, Replayed
 from hpcft.membership import may_lead
 from hpcft.operators import spooled
+from hpcft.page import LET_GO
+from hpcft.page import Order as SaveOrder
 from hpcft.policy import Rules, decide
 from hpcft.reception import Message, Reception, order_message
 from hpcft.renewal import Renewal
@@ -91,7 +93,7 @@ REPEAT_SECONDS = 2.0
 SILENT_SLACK_SECONDS = 60.0
 """What the run clock makes up for beyond a leader's usual silence in its journal: for slow steps, and a late disk."""
 SAVE_LEAD_SECONDS = 0.6
-"""An ordered save lies this far ahead, so that every rank has read the order before the step comes."""
+"""An ordered save lies this far ahead, so that as a rule every rank has read the order before it comes."""
 
 
 PLENTIFUL = NodeHeard | NodeReported | Progressed
@@ -178,6 +180,9 @@ class Leader:
         self._heartbeats: HeartbeatReader | None = None
         self._meeting: tuple[Generation, StoreServer] | None = None
         self._save_order: tuple[Step, bool] | None = None
+        self._let_go = False
+        """The last save is settled: its ranks were told to end."""
+        self._pace = cadence.Pace()
         self._saved_at = self.now()
         self._signals: set[str] = set()
         self._requeueing: asyncio.Task[None] | None = None
@@ -472,21 +477,30 @@ class Leader:
         self._conclude_with(SteppedDown(why))
 
     def _keep_cadence(self) -> None:
-        """Order saves that are due by the clock, and repeat an order that came too late for some rank."""
-        world = self.world
+        """Order saves that are due by the clock, repeat an order that came too late for some rank, and let those end
+        that have saved last."""
+        world, now = self.world, self.now()
+        self._pace = self._pace.seen(world, now)
         if world.formation is None or world.training_since is None:
             return
-        if self._save_order is not None:
-            step, stop = self._save_order
-            saved = world.restore is not None and world.restore.step >= step
-            failed = world.save_failed is not None and world.save_failed[0] >= step
-            if not stop and (saved or failed):
-                self._save_order = None  # the cadence has its next turn
-            elif world.step > step and not saved and self.now() > self._saved_at + REPEAT_SECONDS:
-                self._order_save(stop=stop)
+        if self._save_order is None:
+            if world.phase is Phase.RUNNING and cadence.due(self._office.save_every, world, now, self._saved_at):
+                self._order_save(stop=False)
             return
-        if world.phase is Phase.RUNNING and cadence.due(self._office.save_every, world, self.now(), self._saved_at):
-            self._order_save(stop=False)
+        step, stop = self._save_order
+        newest = world.restore.step if world.restore is not None else -1
+        refused = world.save_failed[0] if world.save_failed is not None else -1
+        # nobody passes the last one, so a later one is not it
+        saved, failed = (newest == step, refused == step) if stop else (newest >= step, refused >= step)
+        waited = now > self._saved_at + REPEAT_SECONDS
+        if not stop and (saved or failed):
+            self._save_order = None  # the cadence has its next turn
+        elif self._let_go or ((saved or failed) and not cadence.missed(world, step, stop=True)):
+            if waited or not self._let_go:  # again and again: a connection may just be broken
+                self._let_go, self._saved_at = True, now
+                self._tell_order(world.formation.generation, LET_GO)
+        elif waited and cadence.missed(world, step, stop=stop) and (stop or not self._commits.settled(step)):
+            self._order_save(stop=stop)
 
     def _order_save(self, *, stop: bool) -> None:
         world = self.world
@@ -494,9 +508,13 @@ class Leader:
         if formation is None:
             return
         self._saved_at = self.now()
-        step = cadence.meeting_step(world, self.now(), SAVE_LEAD_SECONDS)
-        self._save_order = (step, stop)
-        self._broadcast(OrderSave(self._office.record.term, formation.generation, step, stop))
+        step = cadence.meeting_step(world, self._pace, self.now(), SAVE_LEAD_SECONDS)
+        self._save_order, self._let_go = (step, stop), False
+        self._tell_order(formation.generation, SaveOrder(step, stop))
+
+    def _tell_order(self, generation: Generation, order: SaveOrder) -> None:
+        step = Step(order.save_at_step)
+        self._broadcast(OrderSave(self._office.record.term, generation, step, order.stop_after_save))
 
     async def _ask_why(self, name: str, came: float) -> None:
         if name == "USR1":

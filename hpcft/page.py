@@ -4,7 +4,7 @@ One memfd per node, made by the keeper and mapped by agent, pool and workers. It
 system call, and so that a stopped agent is no danger: whoever trains can see by itself that the lease is over.
 
     header   128 bytes   magic, slots, lease_until_ns, generation, order, warned_ns, terminated_ns
-    slot i   128 bytes   sequence, phase, order seen, then two banks of (ended, loss, samples, tokens, check)
+    slot i   128 bytes   sequence, phase, then two banks of (ended, loss, samples, tokens, check)
 
 Every field has one writer: the header belongs to the agent, a slot to its worker. Nobody locks.
 
@@ -49,7 +49,7 @@ LINE = 128
 _WORDS = LINE // 8
 _HEADER_MAGIC, _HEADER_SLOTS, _HEADER_LEASE, _HEADER_GENERATION, _HEADER_ORDER = range(5)
 _HEADER_WARNED, _HEADER_TERMINATED = 5, 6
-_SEQUENCE, _PHASE, _ORDER_SEEN = range(3)
+_SEQUENCE, _PHASE = range(2)
 _BANK = 4
 _BANK_WORDS = 6
 _ENDED, _LOSS, _SAMPLES, _TOKENS, _CHECK = range(5)
@@ -91,8 +91,6 @@ class Progress:
     """Parameters are changing: the step after `step` is being applied."""
     phase: Phase
     phase_since: float
-    order_seen: int
-    """The order word that this worker has taken notice of."""
     ended: float | None
     """When `step` was completed."""
     loss: float | None
@@ -103,7 +101,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the agent asks of all workers of the node: a checkpoint at a step, and perhaps to stop after it."""
+    """What the agent asks of all workers of the node: a checkpoint at a step, and perhaps to stop there."""
 
     save_at_step: int
     stop_after_save: bool
@@ -116,6 +114,10 @@ class Order:
     def from_word(cls, word: int) -> Order | None:
         """None when there is no order (the word is 0)."""
         return cls(word >> 1, bool(word & 1)) if word else None
+
+
+LET_GO = Order(0, stop_after_save=True)
+"""To those who have saved and wait at that step: all have, so end. Who does not wait takes no notice."""
 
 
 class PageError(HpcftError):
@@ -162,9 +164,6 @@ class Slot:
     def set_phase(self, phase: Phase) -> None:
         self._words[self._base + _PHASE] = (_clock_ns(_BOOTTIME) // 1000) << 8 | phase
 
-    def set_order_seen(self, word: int) -> None:
-        self._words[self._base + _ORDER_SEEN] = word
-
     @property
     def step(self) -> int:
         """Completed steps."""
@@ -197,7 +196,6 @@ class Slot:
             updating=bool(sequence & 1),
             phase=_phase_of(phase_word & 0xFF),
             phase_since=(phase_word >> 8) / 1e6,
-            order_seen=words[base + _ORDER_SEEN],
             ended=ended,
             loss=loss,
             samples=samples,

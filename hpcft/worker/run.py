@@ -16,8 +16,11 @@ checked (past it, this process ends without another step); parameters change; th
 published in the shared page; a checkpoint is made if it is due; the random state of the next step is set. All ranks
 pass through it with the same step numbers, so decisions made from the step alone need no communication.
 
-A checkpoint is due every so many steps, or at the step that the agent names in its standing order. An order that
-names a step which is over is ignored: the agent sees what each worker has noticed, and asks again further ahead.
+A checkpoint is due every so many steps, or at the step that the leader names in its order, which reaches the ranks at
+different times. For whom that step is over already, the order does not exist. So a rank that is to stop does not end
+by itself after its last save: it waits at that step. It ends when it is told that all ranks have saved; or it is told
+another step, since one had read the order too late, and goes on to that. The late one cannot have got far: its next
+step needs those who wait.
 
 `main` is the one way out. After an error the process group is broken, and whatever waits for it might wait for ever:
 the exception is printed, reported, and the process ends without running anything else.
@@ -45,7 +48,7 @@ from hpcft.data.ledger import LedgerWriter, ledger_path
 from hpcft.data.loader import Data
 from hpcft.errors import NotFoundError, UsageError
 from hpcft.ids import Generation, Rank, Step
-from hpcft.page import Order, Phase
+from hpcft.page import LET_GO, Order, Phase
 from hpcft.worker import group
 from hpcft.worker.link import Link
 from hpcft.worker.randomness import Randomness
@@ -68,6 +71,9 @@ _NEVER = 2**62
 
 _LOSS_SECONDS = 1.0
 """Between two readings of a loss on a GPU: each waits for the device."""
+
+_HOLD_SECONDS = 0.01
+"""Between two looks for the leader's word, by a rank that has saved last."""
 
 _PHASES = {"eval": Phase.EVAL, "compile": Phase.COMPILE, "checkpoint": Phase.CHECKPOINT}
 
@@ -337,10 +343,11 @@ class Run:
 
     def _see_order(self) -> None:
         self._order_word = word = self._page.order_word
+        if word == LET_GO.word:
+            return
         order = Order.from_word(word)
         self._order = order if order is not None and order.save_at_step >= self._step else None
         self._plan_save()
-        self._slot.set_order_seen(word)
 
     def _plan_save(self) -> None:
         """Find the next step, this one included, at which something is due."""
@@ -353,13 +360,24 @@ class Run:
     def _save_due(self) -> None:
         step = self._step
         self._saving.save(Step(step))
-        self._enter(self._phase)
         if self._order is not None and self._order.save_at_step == step:
             if self._order.stop_after_save:
-                self._stopped, self._training = True, False
-                raise Stopped
-            self._order = None
+                self._hold()
+            else:
+                self._order = None
+        self._enter(self._phase)
         self._plan_save()
+
+    def _hold(self) -> None:
+        """Stay at this step until the leader says that all have saved it; returns if it names another one instead."""
+        self._slot.set_phase(Phase.CHECKPOINT)
+        while (word := self._page.order_word) == self._order_word and word != LET_GO.word:
+            self._link.check_lease()
+            time.sleep(_HOLD_SECONDS)
+        if word == LET_GO.word:
+            self._stopped, self._training = True, False
+            raise Stopped
+        self._see_order()
 
     # --- the end
 

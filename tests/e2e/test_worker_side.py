@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hpcft.data.account import report as ledger_report
-from hpcft.page import Order, Phase, now_ns
+from hpcft.page import LET_GO, Order, Phase, now_ns
 from tests.e2e.worlds import SMALL, Life
 
 pytestmark = pytest.mark.local
@@ -42,11 +43,11 @@ def test_a_run_with_failures_ends_with_the_bits_of_one_without(tmp_path: Path) -
     at = at_7
     for step in (10, 13):  # the program evaluates after step 10: only the undisturbed run goes on from there
         with rough.world(4, restore=at, workers=1, at=[[step - 1, None, f"wait {tmp_path}/go-{step}"]]) as world:
-            world.page.order_word = word = Order(step, stop_after_save=True).word
+            world.page.order_word = Order(step, stop_after_save=True).word
             (tmp_path / f"go-{step}").touch()
             at = rough.commit(world, step)
+            world.page.order_word = LET_GO.word
             assert world.finish() == [115] * 4, world.output()
-            assert all(world.page.slot(rank).read().order_seen == word for rank in range(4))
     at_13 = at
     with rough.world(4, restore=at_13, steps=20, out=str(tmp_path / "rough.npz")) as world:
         assert world.finish() == [0, 0, 0, 0], world.output()
@@ -85,6 +86,7 @@ def test_a_world_that_changes_in_mid_epoch_computes_what_one_process_does(tmp_pa
         world.page.order_word = Order(7, stop_after_save=True).word
         go.touch()
         at_7 = life.commit(world, 7)
+        world.page.order_word = LET_GO.word
         assert world.finish() == [115] * 4
     with life.world(3, restore=at_7, micro=3, out=str(tmp_path / "many.npz"), **common) as world:
         assert world.finish() == [0, 0, 0], world.output()
@@ -187,13 +189,31 @@ def test_the_page_says_what_a_worker_does(tmp_path: Path) -> None:
         assert reading.phase is Phase.TRAIN
         assert reading.loss is not None and reading.loss > 0
         assert (reading.samples, reading.tokens) == (11, 11)
-        # Too late: the step is over. It is noticed, and that is all.
-        world.page.order_word = late = Order(3, stop_after_save=True).word
+        # Too late: the step is over.
+        world.page.order_word = Order(3, stop_after_save=True).word
         (tmp_path / "b").touch()
         assert world.finish() == [0, 0], world.output()
-        reading = world.page.slot(1).read()
-        assert (reading.phase, reading.order_seen) == (Phase.DONE, late)
+        assert world.page.slot(1).read().phase is Phase.DONE
         assert {message["step"] for message in world.messages("shard")} == {2, 4}
+
+
+def test_an_order_that_is_too_late_for_one_rank_costs_nothing(tmp_path: Path) -> None:
+    life = Life.begin(tmp_path / "run")
+    go = tmp_path / "go"
+    with life.world(3, at=[["update 3", 0, f"wait {go}"]]) as world:
+        slots = [world.page.slot(rank) for rank in range(3)]
+        world.until(lambda: [slot.step for slot in slots] == [2, 3, 3], "a rank that is behind")
+        world.page.order_word = Order(3, stop_after_save=True).word
+        go.touch()
+        world.until(lambda: slots[0].read().phase is Phase.CHECKPOINT, "the one rank that has read it in time")
+        time.sleep(0.5)
+        assert [slot.step for slot in slots] == [3, 3, 3], "nobody has gone on"
+        assert not world.messages("exception")
+        world.page.order_word = Order(5, stop_after_save=True).word
+        assert life.commit(world, 5).name == "step-00000005-g0001"
+        world.page.order_word = LET_GO.word
+        assert world.finish() == [115] * 3, world.output()
+        assert not world.messages("exception")
 
 
 def test_the_users_own_exception_is_told_from_its_echo(tmp_path: Path) -> None:

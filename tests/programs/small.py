@@ -86,6 +86,7 @@ def train(run: hpcft.Run) -> None:
     replica = run.ddp(model, bucket_cap_mb=0.04, **config.get("ddp", {}))
     if plain:
         replica.eval()  # nothing in it that knows the difference
+    optimizer.register_step_pre_hook(lambda *_: meet(run, config, f"update {run.step + 1}"))
     meet(run, config, "restored")
     for x, y in data:
         if run.done(config["steps"]):

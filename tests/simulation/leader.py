@@ -360,7 +360,7 @@ class SimulatedLeader:
         formation = self.world.formation
         if formation is None:
             return
-        step = cadence.meeting_step(self.world, self.now(), SAVE_LEAD_SECONDS)
+        step = cadence.meeting_step(self.world, cadence.Pace(), self.now(), SAVE_LEAD_SECONDS)
         self._save_order = (step, stop)
         self._broadcast(OrderSave(self.record.term, formation.generation, step, stop))
 

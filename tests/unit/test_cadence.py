@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcft.cadence import due, meeting_step, step_seconds
-from hpcft.events import Formation, Member
+from hpcft.cadence import Pace, due, meeting_step, missed, step_seconds
+from hpcft.events import Formation, Member, NodeReported, WorkerReport
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step, Term
 from hpcft.units import EverySeconds, EverySteps, Never
 from hpcft.world import World
@@ -16,7 +19,9 @@ FORMATION = Formation(Term(1), Generation(1), (MEMBER,), None, "0")
 
 def at(step: int, *, base: int = 0, since: float | None = 0.0) -> World:
     progress = {NodeId("a"): Step(step)}
-    return World(formation=FORMATION, progress=progress, base_step=Step(base), training_since=since)
+    return World(
+        generation=Generation(1), formation=FORMATION, progress=progress, base_step=Step(base), training_since=since
+    )
 
 
 def test_only_a_cadence_by_the_clock_is_ordered() -> None:
@@ -32,22 +37,97 @@ def test_steps_are_timed_within_their_generation() -> None:
     assert step_seconds(at(150, since=None), 20.0) is None
 
 
-def test_ranks_meet_at_a_step_that_none_has_reached() -> None:
-    assert meeting_step(at(0), 0.0, 0.6) == 2
-    assert meeting_step(at(100, since=0.0), 10.0, 0.6) == 100 + 6 + 2
-    assert meeting_step(at(4, since=0.0), 120.0, 0.6) == 4 + 1 + 2
+def paced(seconds: Callable[[int], float], steps: int, tick: float = 0.1, late: float = 0.0) -> tuple[Pace, float]:
+    """What a leader that looks every `tick` seconds knows when step `steps` was completed `late` seconds ago."""
+    pace, now, done, ends = Pace(), 0.0, 0, seconds(1)
+    pace = pace.seen(at(0), now)
+    while True:
+        now += tick
+        while ends <= now and done < steps:
+            done += 1
+            ends += seconds(done + 1)
+        pace = pace.seen(at(done), now)
+        if done == steps:
+            return pace, now + late
+
+
+@pytest.mark.parametrize("seconds", [1.0, 8.0, 60.0])
+def test_slow_steps_are_saved_at_the_next_one_that_all_have_heard_of(seconds: float) -> None:
+    pace, now = paced(lambda step: seconds, 7)
+    assert pace.seconds == pytest.approx(seconds, rel=0.1)
+    assert meeting_step(at(7), pace, now, 0.6) == 8
+    assert meeting_step(at(7), pace, now + seconds - 0.3, 0.6) == 9, "the next one ends too soon"
+    assert meeting_step(at(7), pace, now + 10 * seconds, 0.6) == 9, "it is late, and may end at any time"
+
+
+def test_fast_steps_are_not_timed_by_the_saves_between_them() -> None:
+    """Of 10 ms, with a save of 10 s every 100 steps: their mean is ten times as long."""
+    pace, now = paced(lambda step: 10.01 if step % 100 == 1 and step > 1 else 0.01, 950)
+    meeting = meeting_step(at(950), pace, now, 0.6)
+    assert 950 + 60 <= meeting <= 950 + 70
+    during, then = paced(lambda step: 10.01 if step % 100 == 1 and step > 1 else 0.01, 900, late=5.0)
+    assert 900 + 60 <= meeting_step(at(900), during, then, 0.6) <= 900 + 70, "also while one is made"
+
+
+def test_of_the_first_step_nothing_is_known() -> None:
+    assert meeting_step(at(0), Pace(), 5.0, 0.6) == 2
+    assert meeting_step(at(0), Pace().seen(at(0), 5.0), 6.0, 0.6) == 2
+
+
+def test_a_new_generation_is_timed_anew() -> None:
+    pace, now = paced(lambda step: 1.0, 7)
+    back = replace(at(5, base=5, since=now), generation=Generation(2))
+    assert pace.seen(back, now) == Pace(Generation(2), Step(5), now)
+    unready = replace(at(5, base=5, since=None), generation=Generation(2))
+    assert pace.seen(unready, now).seen(back, now + 9.0).since == now
 
 
 @given(
-    done=st.integers(1, 10**6),
+    done=st.integers(1, 40),
     seconds=st.floats(1e-3, 60.0),
     lead=st.floats(0.05, 5.0),
-    old=st.floats(0.0, 1.0),
+    late=st.floats(0.0, 1.0),
 )
-def test_the_meeting_lies_ahead_of_a_picture_that_is_a_little_old(
-    done: int, seconds: float, lead: float, old: float
+def test_the_meeting_lies_the_lead_ahead_and_no_further_than_needed(
+    done: int, seconds: float, lead: float, late: float
 ) -> None:
-    """Steps that were made while the report and the order were on their way do not reach the meeting."""
-    meeting = meeting_step(at(done, since=0.0), done * seconds, lead)
-    made_meanwhile = lead * old / seconds
-    assert meeting > done + made_meanwhile
+    tick = seconds / 10
+    pace, now = paced(lambda step: seconds, done, tick, late * seconds)
+    meeting = meeting_step(at(done), pace, now, lead)
+    ends = seconds * meeting  # when that step is completed
+    assert ends - now > lead - 2 * tick
+    assert ends - now < lead + 2 * seconds + 2 * tick
+
+
+def test_a_rank_that_is_ahead_is_not_asked_to_come_back() -> None:
+    """A program runs some steps ahead of its GPU, while another rank waits at its last save."""
+    pace, now = paced(lambda step: 1.0, 7)
+    ahead = replace(at(7), reports=(reported((7, "checkpoint"), (11, "train")),))
+    assert meeting_step(ahead, pace, now, 0.6) == 12
+
+
+def reported(*ranks: tuple[int, str]) -> NodeReported:
+    workers = tuple(
+        WorkerReport(Rank(rank), 100 + rank, phase, Step(step), 0.1, None, 1.0, None)
+        for rank, (step, phase) in enumerate(ranks)
+    )
+    return NodeReported(NodeId("a"), Generation(1), workers)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stop", "late"),
+    [
+        ([(6, "train"), (6, "train")], True, False),
+        ([(7, "checkpoint"), (6, "train")], True, False),
+        ([(7, "checkpoint"), (7, "checkpoint")], True, False),
+        ([(7, "checkpoint"), (7, "train")], True, True),
+        ([(7, "checkpoint"), (7, "eval")], True, True),
+        ([(8, "train"), (8, "train")], True, True),
+        ([(7, "checkpoint"), (7, "train")], False, False),
+        ([(8, "train"), (8, "train")], False, True),
+        ([(9, "done"), (9, "done")], True, False),
+    ],
+)
+def test_who_has_gone_on_without_saving(ranks: list[tuple[int, str]], stop: bool, late: bool) -> None:
+    world = replace(at(min(step for step, _ in ranks)), reports=(reported(*ranks),))
+    assert missed(world, Step(7), stop=stop) is late

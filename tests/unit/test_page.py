@@ -45,11 +45,11 @@ def test_what_one_mapping_writes_another_reads(page: NodePage) -> None:
     slot.set_phase(Phase.TRAIN)
     slot.begin_update()
     slot.end_update(7, 2.5, 64, 4096)
-    slot.set_order_seen(Order(12, True).word)
+    page.order_word = Order(12, True).word
     progress = other.slot(1).read()
     assert (progress.step, progress.updating, progress.phase) == (7, False, Phase.TRAIN)
     assert (progress.loss, progress.samples, progress.tokens) == (2.5, 64, 4096)
-    assert Order.from_word(progress.order_seen) == Order(12, stop_after_save=True)
+    assert Order.from_word(other.order_word) == Order(12, stop_after_save=True)
     assert progress.ended is not None
     assert before - 0.001 <= progress.phase_since <= progress.ended <= now_ns() / 1e9
     assert other.slot(0).read().phase is Phase.EMPTY, "slots must not touch each other"

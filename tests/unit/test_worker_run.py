@@ -6,6 +6,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from torch import nn
 import hpcft
 from hpcft.data import Data
 from hpcft.errors import UsageError
-from hpcft.page import Order, Phase
+from hpcft.page import LET_GO, Order, Phase
 from hpcft.worker import run as entry
 from hpcft.worker.spec import SPEC_VARIABLE
 
@@ -248,7 +250,7 @@ def test_a_stop_is_not_swallowed() -> None:
         run._page.order_word = Order(2, stop_after_save=True).word
         optimizer = sgd(model)
         run.update(optimizer)
-        assert run._slot.read().order_seen == Order(2, stop_after_save=True).word
+        run._page.order_word = LET_GO.word  # for another rank the last save has failed already
         for _ in range(3):
             with pytest.raises(entry.Stopped):
                 run.update(optimizer)
@@ -258,16 +260,47 @@ def test_a_stop_is_not_swallowed() -> None:
         alone(train)
 
 
-def test_orders_that_are_withdrawn_or_late_are_noticed_and_not_carried_out() -> None:
+def test_who_has_saved_last_waits_for_the_others() -> None:
     def train(run: hpcft.Run) -> None:
         model = linear()
         run.restore(model=model)
         optimizer = sgd(model)
-        words = [Order(9, stop_after_save=True).word, 0, Order(1, stop_after_save=True).word, 0]
-        for word in words:
+        run._page.order_word = Order(2, stop_after_save=True).word
+        run.update(optimizer)
+        steps = []
+
+        def lead() -> None:
+            for step, word in ((2, Order(4, stop_after_save=True).word), (4, LET_GO.word)):
+                while (reading := run._slot.read()).step < step or reading.phase is not Phase.CHECKPOINT:
+                    time.sleep(0.001)
+                time.sleep(0.05)
+                steps.append(run.step)
+                run._page.order_word = word
+
+        leader = threading.Thread(target=lead)
+        leader.start()
+        run.update(optimizer)
+        assert run._slot.read().phase is Phase.TRAIN, "a rank had missed step 2: it goes on"
+        run.update(optimizer)
+        try:
+            run.update(optimizer)
+        finally:
+            leader.join(30)
+            assert steps == [2, 4]
+
+    with pytest.raises(entry.Stopped):
+        alone(train)
+
+
+def test_orders_that_are_withdrawn_or_late_are_not_carried_out() -> None:
+    def train(run: hpcft.Run) -> None:
+        model = linear()
+        run.restore(model=model)
+        optimizer = sgd(model)
+        stop = [Order(step, stop_after_save=True).word for step in (9, 1)]
+        for word in (stop[0], 0, stop[1], 0, LET_GO.word):
             run._page.order_word = word
             run.update(optimizer)
-            assert run._slot.read().order_seen == word
         while not run.done(12):
             run.update(optimizer)
 
