@@ -231,14 +231,15 @@ def test_time_limit_ahead(cluster: Cluster) -> None:
 
 
 def test_scancel(cluster: Cluster) -> None:
-    run = SlurmRun(cluster, "cancelled", SLOW).submit()
+    run = SlurmRun(cluster, "cancelled", {**SLOW, "checkpoint.every": "10000 steps"}).submit()
     run.trains(past=13)
     cluster.exec(0, "scancel", run.job)
     run.ends("CANCELLED")
     until(lambda: not cluster.job_processes(), "no process is left on any node", 30)
     status = run.status()
     assert status["state"] == "cancelled", run.story()
-    assert status["checkpoints"][-1]["step"] >= 10
+    (last,) = status["checkpoints"]
+    assert last["step"] == status["step"] > 13, "the one checkpoint is that of the step at which it stopped"
 
 
 def test_slurmctld_away(cluster: Cluster, undisturbed: SlurmRun) -> None:
