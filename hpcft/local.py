@@ -7,8 +7,10 @@ and ends with the run's exit code. What it shows is read from the run directory,
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -19,20 +21,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpcft import process, status, verdicts
+import orjson
+
+from hpcft import process, status, terms, verdicts
 from hpcft.checkpoint import read as checkpoint_read
 from hpcft.config import Config
 from hpcft.errors import BelowMinimumError, ExitCode, UnusableError
 from hpcft.events import Outcome, Verdict
 from hpcft.ids import Step
+from hpcft.membership import Timing
 from hpcft.progress import Reporter
-from hpcft.rundir import RunDirectory
+from hpcft.rundir import RunDirectory, is_live
+from hpcft.units import human_duration
 
 _LOOK_SECONDS = 0.2
 _KILL_SECONDS = 15.0
 _LAST_LINES = 15
 _SILENCE_SECONDS = 30.0
 """So long nothing is said when a start begins; then, where to look. A module to preload may take its time."""
+_WAIT_SECONDS = 5.0
+"""After so long without a leader it is said if an earlier start is the reason."""
+_REWRITTEN_SECONDS = 5.0
+"""A leader rewrites its status about once a second: one that stands still for so long was left by a killed start."""
+_ENDING = re.compile(r"agent ends with code \d+: (.*)| E hpcft\.\w+: (.*)|^error: (.*)")
 
 
 @dataclass(slots=True)
@@ -58,7 +69,8 @@ def run_local(
 
     Raises:
         HpcftError: the run cannot be started: too few nodes, no checkpoint of `from_step`, no run directory.
-        UnusableError: the agents ended without a verdict; the message has their last lines.
+        UnusableError: the run is being trained already, or the agents ended without a verdict; then the message has
+            their last lines.
     """
     directory = RunDirectory((config.run.root / config.run.name).resolve())
     if nodes < config.nodes.min:
@@ -68,10 +80,45 @@ def run_local(
         )
     if from_step is not None:
         checkpoint_read.of_step(directory.checkpoints, Step(from_step))
+    elif directory.finished.exists():
+        report(_finished_already(directory))
+        return ExitCode.OK
+    if _is_trained(directory):
+        raise UnusableError(
+            f"the run {directory.name} is being trained already: two starts of one run would be in each other's way",
+            f"hpcft status {directory.name} shows it, hpcft stop {directory.name} ends it",
+        )
     process.become_subreaper()
     directory.prepare()
     launcher = _Launcher(config, config_file, directory, nodes, workers, sets, from_step, report)
     return launcher.run()
+
+
+def _finished_already(directory: RunDirectory) -> str:
+    step = None
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        step = orjson.loads(directory.finished.read_bytes())["step"]
+    at = f", at step {step}" if step else ""  # of a plain command's steps nothing is known
+    return (
+        f"{directory.name} has finished already{at}; --from STEP goes on from a checkpoint, "
+        "another run.name starts afresh"
+    )
+
+
+def _is_trained(directory: RunDirectory) -> bool:
+    """Whether a leader is at work. A status that is fresh may also be the last one of a start that was killed."""
+    if not is_live(directory):
+        return False
+    try:
+        before = directory.status.stat().st_mtime_ns
+        until = time.monotonic() + _REWRITTEN_SECONDS
+        while time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS)
+            if directory.status.stat().st_mtime_ns != before:
+                return is_live(directory)  # not if that was its end
+    except OSError:
+        return False  # nothing can be said; the agents find out by the terms
+    return False
 
 
 class _Launcher:
@@ -99,6 +146,8 @@ class _Launcher:
         )
         self._interrupts = 0
         self._drilled = config.drill.kill_rank < 0
+        self._log_size = 0
+        """Of the first node's log when this start began: what is before it was said by others."""
 
     def run(self) -> int:
         before = {number: signal.signal(number, self._interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -118,15 +167,27 @@ class _Launcher:
         start = _Start(number, f"{self._job}.{number}")
         reporter = Reporter(self._say, counts_steps=self._config.job.command is None)
         try:
+            with contextlib.suppress(FileNotFoundError):
+                self._log_size = self._log().stat().st_size
             for index in range(self._count):
                 start.nodes.append(self._boot(start, index))
+            waits_at = time.monotonic() + _WAIT_SECONDS
             speaks_at = time.monotonic() + _SILENCE_SECONDS
             while True:
                 snapshot = status.read(self._directory)
                 if snapshot.get("allocation") == start.name:
-                    speaks_at = math.inf
+                    speaks_at = waits_at = math.inf
                     reporter.see(snapshot)
                     self._drill(snapshot)
+                elif time.monotonic() > waits_at:
+                    waits_at = math.inf
+                    if self._may_be_led(start):
+                        longest = self._longest_wait()
+                        speaks_at += longest
+                        self._say(
+                            f"waiting: an earlier start of {self._directory.name} was killed and may still lead "
+                            f"for up to {human_duration(longest)}"
+                        )
                 elif time.monotonic() > speaks_at:
                     speaks_at = math.inf
                     self._say(f"no node leads yet; what node1 does is in {self._log()}")
@@ -144,6 +205,22 @@ class _Launcher:
         if verdict is not None:
             return verdict
         return self._without_verdict(start)
+
+    def _may_be_led(self, start: _Start) -> bool:
+        """Whether the agents wait for an earlier start's leader, which has not let go."""
+        try:
+            holder = terms.newest(self._directory.terms)
+            if holder is None or holder.allocation == start.name:
+                return False
+            return not terms.lease(self._directory.terms, holder.term).released
+        except (OSError, ValueError):
+            return False
+
+    def _longest_wait(self) -> float:
+        """Until an agent of another start may claim the next term (`membership.may_claim`)."""
+        beat = self._config.heartbeat
+        timing = Timing(beat.interval, beat.suspect, beat.timeout)
+        return timing.patience + timing.timeout
 
     def _boot(self, start: _Start, index: int) -> subprocess.Popen[bytes]:
         names = [f"node{number}" for number in range(1, self._count + 1)]
@@ -215,9 +292,14 @@ class _Launcher:
         if codes == [0]:
             return Verdict(Outcome.FINISHED, int(ExitCode.OK), "the run has finished already")
         log = self._log()
-        last = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+        with log.open("rb") as file:
+            file.seek(self._log_size)
+            lines = file.read().decode(errors="replace").splitlines()
+        reasons = [next(filter(None, found.groups()), "") for line in lines if (found := _ENDING.search(line))]
+        why = f": {reasons[-1]}" if reasons else ""
+        last = "\n".join(lines[-_LAST_LINES:]) or "(none)"
         raise UnusableError(
-            f"the agents ended without a verdict (exit codes {codes}); last lines of {log}:\n{last}",
+            f"the agents ended without a verdict{why} (exit codes {codes}); last lines of {log}:\n{last}",
             "`hpcft doctor CONFIG` checks what a run needs",
         )
 
