@@ -320,13 +320,14 @@ def ledger_command(run: str | None, root: Path, as_json: bool) -> int:
     """Which samples were used, and how often.
 
     Per epoch: how many once, more than once, never. Needs `data.ledger = true`.
+    Exit code 16: not every sample that was reached was used exactly once, or the record has a gap.
     """
     from hpcft import reports
     from hpcft.data import account
 
     report = account.report(_find(root, run).path)
     _print_json(reports.ledger_as_dict(report)) if as_json else click.echo(reports.ledger_text(report))
-    return ExitCode.OK
+    return ExitCode.OK if report.exact else ExitCode.DAMAGED
 
 
 @cli.group("ckpt", cls=_Commands)

@@ -14,11 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 
 from hpcft import status
 from hpcft.cli import cli
+from hpcft.data.batches import Position, advance, global_batch, slice_for
+from hpcft.data.ledger import LedgerWriter, ledger_path
 from hpcft.membership import Timing
 from hpcft.policy import Rules
 from hpcft.rundir import RunDirectory
@@ -348,3 +351,24 @@ def test_all_commands_are_known_to_these_tests() -> None:
     groups = {name for name, command in cli.commands.items() if hasattr(command, "commands")}
     assert {command[0] for command in COMMANDS} == set(cli.commands)
     assert groups == {"ckpt"}
+
+
+# --- the ledger ---
+
+
+def test_a_ledger_that_is_not_exact_is_damage(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", "one")
+    for rank in (0, 1):  # of three
+        path = ledger_path(run.ledger, 1, rank)
+        writer = LedgerWriter(path, generation=1, rank=rank, world_size=3, restored_step=0, restored_generation=None)
+        writer.begin(samples=9, seed=0, shuffle=False)
+        position = Position()
+        for step in (1, 2):
+            batch = global_batch(position, 9, 3)
+            first, end = slice_for(batch, rank, 3)
+            writer.record(step, batch, np.arange(first, end))
+            position = advance(batch, 9)
+    for more in ([], ["--json"]):
+        done = hpcft("ledger", *more, cwd=tmp_path)
+        assert done.returncode == 16, done.stderr
+    assert json.loads(done.stdout)["exact"] is False
