@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,12 +87,26 @@ def run_local(
     if _is_trained(directory):
         raise UnusableError(
             f"the run {directory.name} is being trained already: two starts of one run would be in each other's way",
-            f"hpcft status {directory.name} shows it, hpcft stop {directory.name} ends it",
+            f"hpcft status {_reference(directory)} shows it, hpcft stop {_reference(directory)} ends it",
         )
     process.become_subreaper()
     directory.prepare()
     launcher = _Launcher(config, config_file, directory, nodes, workers, sets, from_step, report)
     return launcher.run()
+
+
+def _reference(directory: RunDirectory) -> str:
+    """How the run is named on the command line: by its name, where commands look for runs."""
+    root = Path(os.environ.get("HPCFT_RUN__ROOT") or "runs")
+    return directory.name if (root / directory.name).resolve() == directory.path else str(directory.path)
+
+
+def _own_command() -> str:
+    """What starts this hpcft once more: it need not be on PATH."""
+    if shutil.which("hpcft") is not None:
+        return "hpcft"
+    own = Path(sys.argv[0])
+    return str(own) if own.name == "hpcft" else f"{sys.executable} -m hpcft"
 
 
 def _finished_already(directory: RunDirectory) -> str:
@@ -156,12 +171,24 @@ class _Launcher:
             while True:
                 verdict = self._one_start(number)
                 if verdict.outcome is not Outcome.REQUEUED or self._interrupts:
+                    self._say_what_next(verdict)
                     return verdict.exit_code
                 self._say(f"requeued: {verdict.reason}")
                 number += 1
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _say_what_next(self, verdict: Verdict) -> None:
+        trains = self._config.job.command is None
+        if verdict.outcome is Outcome.FINISHED:
+            looks = ["status", *(["ledger"] if self._config.data.ledger else []), *(["ckpt verify"] if trains else [])]
+            command, run = _own_command(), _reference(self._directory)
+            self._say(f"look at it: {', '.join(f'{command} {look} {run}' for look in looks)}")
+        elif verdict.outcome is Outcome.CANCELLED and trains and status.read(self._directory).get("checkpoints"):
+            # with --from it would leave behind what it has just trained
+            same = "the same command" + (" without --from" if self._from_step is not None else "")
+            self._say(f"{same} goes on from there")
 
     def _one_start(self, number: int) -> Verdict:
         start = _Start(number, f"{self._job}.{number}")

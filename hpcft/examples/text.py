@@ -9,7 +9,6 @@ of processes may prepare the same directory at once.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -67,4 +66,4 @@ def pieces() -> Iterator[str]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m hpcft.examples.text DIR")
-    print(os.fspath(prepare(Path(sys.argv[1]).resolve())))
+    print(f"the text to train on is in {prepare(Path(sys.argv[1]).resolve())}")

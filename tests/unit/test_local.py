@@ -14,13 +14,15 @@ import pytest
 from hpcft import local, terms
 from hpcft.config import Config, load
 from hpcft.errors import ExitCode, UnusableError
+from hpcft.events import Outcome, Verdict
 from hpcft.ids import Incarnation, NodeId, Term
 from hpcft.rundir import RunDirectory
 from hpcft.terms import TermLease, TermRecord
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("HPCFT_RUN__ROOT", str(tmp_path / "runs"))
     file = tmp_path / "first.toml"
     file.write_text(f'[run]\nname = "first"\nroot = "{tmp_path}/runs"\n[job]\ncommand = ["true"]\n')
     return load(file, sets=(), environ={})
@@ -90,6 +92,40 @@ def test_an_earlier_leader_is_waited_for_until_it_has_let_go(config: Config, run
     terms.renew(run.terms, Term(1), TermLease(3, released=True))
     assert not ours._may_be_led(begun)
     assert ours._longest_wait() == 65, "heartbeat.timeout is 5 s"
+
+
+def test_at_its_end_a_run_says_how_to_look_at_it(
+    config: Config, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    ours = local._Launcher(config, Path("first.toml"), run, 1, 1, (), None, said.append)
+    finished = Verdict(Outcome.FINISHED, 0, "")
+    monkeypatch.delenv("HPCFT_RUN__ROOT")
+    monkeypatch.setattr(local.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.chdir(run.path.parent.parent)
+    ours._say_what_next(finished)
+    monkeypatch.setattr(local.shutil, "which", lambda name: None)
+    monkeypatch.setattr(local.sys, "argv", [".venv/bin/hpcft", "run"])
+    monkeypatch.chdir(run.path)
+    ours._say_what_next(finished)
+    assert said == ["look at it: hpcft status first", f"look at it: .venv/bin/hpcft status {run.path}"]
+
+
+@pytest.mark.parametrize(("from_step", "more"), [(None, ""), (3, " without --from")])
+def test_a_run_that_was_stopped_says_how_to_go_on(tmp_path: Path, from_step: int | None, more: str) -> None:
+    file = tmp_path / "first.toml"
+    file.write_text(f'[run]\nname = "first"\nroot = "{tmp_path}/runs"\n[job]\nscript = "train.py"\n')
+    run = RunDirectory(tmp_path / "runs" / "first")
+    run.prepare()
+    said: list[str] = []
+    settings = load(file, sets=(), environ={})
+    ours = local._Launcher(settings, file, run, 1, 1, (), from_step, said.append)
+    cancelled = Verdict(Outcome.CANCELLED, 12, "")
+    ours._say_what_next(cancelled)
+    assert said == [], "without a checkpoint it begins anew"
+    run.status.write_bytes(orjson.dumps({"checkpoints": [{"step": 7, "generation": 1}]}))
+    ours._say_what_next(cancelled)
+    assert said == [f"the same command{more} goes on from there"]
 
 
 def test_agents_without_a_verdict_are_explained_by_this_starts_lines(config: Config, run: RunDirectory) -> None:
