@@ -37,13 +37,15 @@ class Reporter:
             self._checkpoints = {_checkpoint(each) for each in status["checkpoints"]}
             closed = [each for each in status["incidents"] if each["downtime_seconds"] is not None]
             self._incidents = {(each["number"], over) for each in closed for over in (False, True)}
+        self._see_new_incidents(status)  # before the generation that comes of them
         if status["generation"] != self._generation and status["world_size"]:
             self._generation = status["generation"]
             members = sum(bool(node["ranks"]) for node in status["nodes"])
             self._say(
-                f"generation {self._generation}  {counted(status['world_size'], 'rank')} on {counted(members, 'node')}"
+                f"generation {self._generation}  {counted(status['world_size'], 'rank')} on "
+                f"{counted(members, 'node')}{self._beginning(status)}"
             )
-        self._see_incidents(status)
+        self._see_ends_of_incidents(status)
         for each in status["checkpoints"]:
             if _checkpoint(each) not in self._checkpoints:
                 self._checkpoints.add(_checkpoint(each))
@@ -78,16 +80,26 @@ class Reporter:
             for line in last["last_output"]:
                 self._say(f"    {line}")
 
-    def _see_incidents(self, status: Mapping[str, Any]) -> None:
+    def _beginning(self, status: Mapping[str, Any]) -> str:
+        if not self._counts_steps:
+            return ""
+        restored = status["restored"]
+        return ", from the beginning" if restored is None else f", from the checkpoint of step {restored['step']}"
+
+    def _see_new_incidents(self, status: Mapping[str, Any]) -> None:
         for incident in status["incidents"]:
-            number, over = incident["number"], incident["downtime_seconds"] is not None
+            number = incident["number"]
             if (number, False) not in self._incidents:
                 self._incidents.add((number, False))
                 self._say(f"incident #{number}  {incident['cause']}: {incident['culprit']}")
+
+    def _see_ends_of_incidents(self, status: Mapping[str, Any]) -> None:
+        for incident in status["incidents"]:
+            number, over = incident["number"], incident["downtime_seconds"] is not None
             if over and (number, True) not in self._incidents:
                 self._incidents.add((number, True))
                 lost = incident["steps_lost"]
-                repeated = "" if not lost else f", {lost} steps are repeated"
+                repeated = "" if not lost else f", {counted(lost, 'step')} {'is' if lost == 1 else 'are'} repeated"
                 down = incident["downtime_seconds"]
                 recovered = f"recovered in {down:.2f} s{repeated}: " if down else ""
                 self._say(f"incident #{number}  {recovered}{incident['reason']}")
@@ -117,4 +129,4 @@ def _summary(status: Mapping[str, Any], counts_steps: bool) -> str:
         goodput = "unknown" if status["goodput"] is None else f"{status['goodput']:.1%}"
         loss = "" if status["loss"] is None else f"final loss {status['loss']:.4f}, "
         took = f"{loss}goodput {goodput} of {elapsed}"
-    return f"{verdict['outcome']}  {verdict['reason']}, {took}, {len(status['incidents'])} incidents"
+    return f"{verdict['outcome']}  {verdict['reason']}, {took}, {counted(len(status['incidents']), 'incident')}"

@@ -24,6 +24,8 @@ from hpcft.world import Incident, Node, Phase, World
 
 SCHEMA = 1
 
+_SHOWN_INCIDENTS = 5
+
 
 def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
     """The world as JSON; times in seconds, `now` on the run clock."""
@@ -46,8 +48,12 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
         "total_steps": total,
         "loss": world.loss,
         "steps_per_second": None if seconds is None else 1 / seconds,
-        "tokens_per_second": _tokens_per_second(reported.values(), seconds),
+        "tokens_per_second": _tokens_per_second(reported.values(), sum(each.workers for each in members), seconds),
         "world_size": formation.world_size if formation is not None else 0,
+        "restored": None
+        if formation is None or formation.restore is None
+        else {"step": formation.restore.step, "generation": formation.restore.generation},
+        "plain_command": not rules.saves,
         "nodes": [_node(node, _member(members, node), world, rules, now) for node in world.nodes],
         "workers": [
             {
@@ -103,9 +109,10 @@ def state(world: World) -> str:
     return world.phase.value
 
 
-def _tokens_per_second(reports: Iterable[WorkerReport], seconds: float | None) -> float | None:
-    counted = [report.tokens for report in reports if report.tokens is not None]
-    return sum(counted) / seconds if counted and seconds else None
+def _tokens_per_second(reports: Iterable[WorkerReport], world_size: int, seconds: float | None) -> float | None:
+    """Not before all ranks have reported: what some of them trained on is not what a step has."""
+    tokens = [report.tokens for report in reports if report.tokens]  # a program that counts none has 0
+    return sum(tokens) / seconds if tokens and len(tokens) == world_size and seconds else None
 
 
 def _member(members: tuple[Member, ...], node: Node) -> Member | None:
@@ -200,7 +207,9 @@ def _lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
     for warning in status["warnings"]:
         yield from _wrapped(f"warning: {warning}", width, 2)
     yield ""
-    yield f"  step        {_progress(status)}"
+    plain = status.get("plain_command", False)  # of its steps, and what it saves, nothing is known
+    if not plain:
+        yield f"  step        {_progress(status)}"
     if status["loss"] is not None:
         yield f"  loss        {status['loss']:.4f}"
     nodes = len({worker["node"] for worker in status["workers"]})
@@ -209,11 +218,14 @@ def _lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
         f"generation {status['generation']}, start {status['start']}, leader {status['leader']}"
     )
     elapsed = human_duration(status["elapsed_seconds"])
-    yield "  goodput     " + (
-        f"unknown, {elapsed} in all" if status["goodput"] is None else f"{status['goodput']:.1%} of {elapsed}"
-    )
-    steps = [str(each["step"]) for each in status["checkpoints"]]
-    yield f"  checkpoints {', '.join(steps[-6:]) or 'none yet'}"
+    if plain:
+        yield f"  elapsed     {elapsed}"
+    else:
+        yield "  goodput     " + (
+            f"unknown, {elapsed} in all" if status["goodput"] is None else f"{status['goodput']:.1%} of {elapsed}"
+        )
+        steps = [str(each["step"]) for each in status["checkpoints"]]
+        yield f"  checkpoints {', '.join(steps[-6:]) or 'none yet'}"
     budgets = [f"{each['cause']} {each['used']}/{each['limit']}" for each in status["budget"]]
     yield f"  budget      {', '.join(budgets)} used"
     yield from _node_lines(status, width)
@@ -243,13 +255,15 @@ def _node_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
     if not status["nodes"]:
         return
     yield ""
+    plain = status.get("plain_command", False)
     name = max(14, 2 + max(len(node["node"]) for node in status["nodes"]))
-    yield f"  {'NODE':<{name}}{'STATE':<14}{'HEARTBEAT':>10}  RANKS (step, steps/s)"
+    yield f"  {'NODE':<{name}}{'STATE':<14}{'HEARTBEAT':>10}  {'RANKS' if plain else 'RANKS (step, steps/s)'}"
     workers = {worker["rank"]: worker for worker in status["workers"]}
     for node in status["nodes"]:
         age = f"{node['heartbeat_age_seconds']:.1f} s"
         before = f"  {node['node']:<{name}}{node['state']:<14}{age:>10}  "
-        for row in _rows([_rank(workers[rank]) for rank in node["ranks"] if rank in workers], width - len(before)):
+        ranks = [_rank(workers[rank], plain) for rank in node["ranks"] if rank in workers]
+        for row in _rows(ranks, width - len(before)):
             yield before + row
             before = " " * len(before)
 
@@ -264,9 +278,11 @@ def _rows(cells: Sequence[str], width: int) -> Iterator[str]:
     yield row or "-"
 
 
-def _rank(worker: Mapping[str, Any]) -> str:
+def _rank(worker: Mapping[str, Any], plain: bool) -> str:
     if worker["step"] is None:
         return f"{worker['rank']} (starting)"
+    if plain:
+        return str(worker["rank"])
     rate = "" if worker["steps_per_second"] is None else f", {worker['steps_per_second']:.1f}"
     return f"{worker['rank']} ({worker['step']}{rate})"
 
@@ -275,8 +291,9 @@ def _incident_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
     if not status["incidents"]:
         return
     yield ""
-    yield "  INCIDENTS"
-    for incident in status["incidents"][-5:]:
+    earlier = len(status["incidents"]) - _SHOWN_INCIDENTS
+    yield "  INCIDENTS" + (f" ({earlier} earlier: hpcft status --json)" if earlier > 0 else "")
+    for incident in status["incidents"][-_SHOWN_INCIDENTS:]:
         down = incident["downtime_seconds"]
         lost = incident["steps_lost"]
         after = "not over yet" if down is None else f"{down:.2f} s down"

@@ -10,7 +10,15 @@ import pytest
 from worlds import at_step, began, committed, formation, joined, life, proposed, ready
 
 from hpcft import progress, status
-from hpcft.events import Event, Failure, FailureKind, WorkerFailed, WorkerReturned
+from hpcft.events import (
+    CheckpointCommitted,
+    CheckpointRef,
+    Event,
+    Failure,
+    FailureKind,
+    WorkerFailed,
+    WorkerReturned,
+)
 from hpcft.ids import Generation, NodeId, Rank, Step
 from hpcft.membership import Timing
 from hpcft.policy import Rules, decide
@@ -69,6 +77,21 @@ def test_a_training_is_seen_by_its_steps(monkeypatch: pytest.MonkeyPatch) -> Non
     steps = [int(line.split()[1]) for line in lines]
     assert all(before < after for before, after in itertools.pairwise(steps))
     assert not any(line.startswith("training") for line in run.said)
+
+
+def test_a_generation_is_said_after_its_cause_and_with_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Watched(monkeypatch, command=False)
+    run.train()
+    run.look(2, steps_per_second=20)
+    run.happen(CheckpointCommitted(CheckpointRef(Step(30), Generation(1)), 0.1, 1000))
+    failure = Failure(FailureKind.KILLED, "SIGKILL", Step(40))
+    run.happen(WorkerFailed(NodeId("b"), life("b"), Generation(1), Rank(3), failure))
+    run.happen(proposed(formation("ab", 2, CheckpointRef(Step(30), Generation(1)))), committed(2))
+    run.look(1)
+    lines = [line for line in run.said if line.startswith(("generation", "incident"))]
+    assert lines[0] == "generation 1  4 ranks on 2 nodes, from the beginning"
+    assert lines[1].startswith("incident #1  worker failed")
+    assert lines[2] == "generation 2  4 ranks on 2 nodes, from the checkpoint of step 30"
 
 
 def test_a_command_is_seen_by_its_state_and_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

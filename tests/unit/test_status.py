@@ -217,6 +217,7 @@ def test_forming_and_starting(tmp_path: Path) -> None:
     found, text = scene.shown(tmp_path)
     assert found["state"] == "forming"
     assert "generation 1 with 2 nodes and 4 ranks, from the beginning" in text
+    assert found["restored"] is None
     found, text = scene.acknowledge().shown(tmp_path)
     assert found["state"] == "starting"
     assert "3 (starting)" in text
@@ -238,6 +239,38 @@ def test_training(tmp_path: Path) -> None:
     assert "2 (50, 12.3)  3 (50, 12.3)" in node2
 
 
+def test_tokens_are_counted_when_all_ranks_have_reported(tmp_path: Path) -> None:
+    scene = Scene().training(50)
+    first, second = scene.world.reports
+    scene.world = replace(scene.world, reports=(first, replace(second, workers=second.workers[:1])))
+    found, text = scene.shown(tmp_path)
+    assert found["tokens_per_second"] is None and "tokens" not in text
+    none = tuple(
+        replace(each, workers=tuple(replace(worker, tokens=0) for worker in each.workers)) for each in (first, second)
+    )
+    scene.world = replace(scene.world, reports=none)
+    found, text = scene.shown(tmp_path)
+    assert found["tokens_per_second"] is None and "tokens" not in text
+
+
+def test_of_a_plain_command_no_steps_are_shown(tmp_path: Path) -> None:
+    found, text = Scene(rules=replace(RULES, saves=False)).training(0).shown(tmp_path)
+    assert found["plain_command"] is True
+    for word in ("step", "checkpoints", "goodput", "(0"):
+        assert word not in text, text
+    assert next(line for line in text.splitlines() if line.startswith("  node2")).endswith("  2  3")
+
+
+def test_incidents_that_are_not_shown_are_counted() -> None:
+    scene = Scene().training(50).commit(40).fail(1, killed(50))
+    (incident,) = scene.world.incidents
+    many = tuple(replace(incident, number=number) for number in range(1, 8))
+    snapshot = status.snapshot(replace(scene.world, incidents=many), RULES, scene.now)
+    text = status.render(snapshot, COLUMNS)
+    assert "INCIDENTS (2 earlier: hpcft status --json)" in text
+    assert "#2 " not in text and "#3 " in text and "#7 " in text
+
+
 def test_an_incident_from_its_beginning_to_its_end(tmp_path: Path) -> None:
     scene = Scene().training(50).commit(40).fail(1, killed(50))
     found, text = scene.shown(tmp_path)
@@ -246,6 +279,7 @@ def test_an_incident_from_its_beginning_to_its_end(tmp_path: Path) -> None:
     scene.acknowledge().train(41, seconds=0.4)
     found, text = scene.shown(tmp_path)
     assert found["state"] == "training"
+    assert found["restored"] == {"step": 40, "generation": 1}
     (incident,) = found["incidents"]
     assert incident["cause"] == "worker failed"
     assert incident["culprit"] == "rank 1 on node1: SIGKILL"
