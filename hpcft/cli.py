@@ -174,12 +174,13 @@ def run_command(
     progress goes to stderr, and at the end the status of the run to stdout.
     """
     from hpcft import status
-    from hpcft.config import check_program
+    from hpcft.config import check_program, check_torch
     from hpcft.local import run_local
     from hpcft.rundir import RunDirectory
 
     loaded = _load(config, sets)
     check_program(loaded)
+    check_torch(loaded)
     code = run_local(
         loaded,
         config,

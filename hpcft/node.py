@@ -29,7 +29,7 @@ from hpcft.checkpoint import read as checkpoint_read
 from hpcft.checkpoint.layout import CheckpointDamagedError, CheckpointEntry, checkpoint_name, parse_name
 from hpcft.checkpoint.manifest import Manifest
 from hpcft.commits import Commits, Retention
-from hpcft.config import Config, check_program
+from hpcft.config import Config, check_program, check_torch
 from hpcft.errors import (
     BelowMinimumError,
     DamagedError,
@@ -93,6 +93,7 @@ def keep(config: Config, *, from_step: int | None = None) -> NoReturn:
             "ask for more nodes (sbatch --nodes) or lower nodes.min",
         )
     check_program(config)
+    check_torch(config)
     slots = workers_of(config, allocation)
     directory = run_directory(config)
     directory.prepare()

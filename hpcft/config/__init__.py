@@ -8,7 +8,8 @@ whole of it, so that all mistakes are reported together: where, which key, why, 
 was written. Nobody reads a file or a variable for a setting after that: the keeper of a node hands `Config.to_json()`
 to every agent that it starts.
 
-`check_program` asks what the model cannot know: whether the training program is there and compiles.
+`check_program` asks what the model cannot know: whether the training program is there and compiles; `check_torch`
+whether this Python has what the program needs of it.
 
 pydantic takes about a tenth of a second to import: commands that have to answer at once import this package only
 when they need it. `python -m hpcft.config` prints the reference of all keys.
@@ -16,7 +17,7 @@ when they need it. `python -m hpcft.config` prints the reference of all keys.
 
 from hpcft.config.checking import ConfigError, Mistake
 from hpcft.config.model import Config
-from hpcft.config.preflight import check_program
+from hpcft.config.preflight import check_program, check_torch
 from hpcft.config.reading import load
 
-__all__ = ["Config", "ConfigError", "Mistake", "check_program", "load"]
+__all__ = ["Config", "ConfigError", "Mistake", "check_program", "check_torch", "load"]

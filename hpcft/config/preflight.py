@@ -8,6 +8,7 @@ importing its parents, and source is compiled, not run.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import pkgutil
 import shutil
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from hpcft.errors import UsageError
+from hpcft.errors import UnusableError, UsageError
 
 if TYPE_CHECKING:
     from hpcft.config.model import Config
@@ -33,6 +34,15 @@ def check_program(config: Config) -> None:
         _check_module(job.module)
     elif job.command is not None:
         _check_command(job.command)
+
+
+def check_torch(config: Config) -> None:
+    """Raises UnusableError if this Python has no torch; a plain command may bring its own."""
+    if config.job.command is None and importlib.util.find_spec("torch") is None:
+        raise UnusableError(
+            f"this Python has no torch: {sys.executable}",
+            "install torch into the environment of this Python; it is not part of hpcft",
+        )
 
 
 def _check_script(script: Path, key: str) -> None:

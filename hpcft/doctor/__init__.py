@@ -41,6 +41,8 @@ def examine(config: Config | None) -> Iterator[Finding]:
         slurm = probes.look_at_slurm(config.slurm.command_timeout if config is not None else 10.0)
         on_cluster = slurm.settings is not None
         yield from rules.judge_python(probes.look_at_python())
+        if config is not None:
+            yield rules.judge_program(probes.look_at_program(config))
         yield from rules.judge_slurm(slurm, rules.Limits.of(config))
         yield from rules.judge_directory(str(root), directory.answer(), shared=on_cluster)
         yield from rules.judge_memory(probes.look_at_memory())

@@ -24,14 +24,29 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hpcft.errors import UsageError
 from hpcft.slurm import control
 from hpcft.units import human_duration
+
+if TYPE_CHECKING:
+    from hpcft.config import Config
 
 _PATIENCE = {"torch": 120.0, "directory": 30.0, "address": 20.0, "gpus": 30.0}
 """Seconds until a probe is killed."""
 _SYNCS = 9
+
+
+def look_at_program(config: Config) -> UsageError | None:
+    """Why the training program could not be started; nothing of it is run."""
+    from hpcft.config import check_program
+
+    try:
+        check_program(config)
+    except UsageError as error:
+        return error
+    return None
 
 
 # --- processes that may be lost --------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcft.doctor.finding import Finding, Grade
 from hpcft.doctor.probes import SLURM_COMMANDS, MemoryFacts, PythonFacts, SlurmFacts, version_number
-from hpcft.errors import ExitCode
+from hpcft.errors import ExitCode, UsageError
 from hpcft.units import human_duration, human_size
 
 if TYPE_CHECKING:
@@ -37,6 +37,12 @@ def judge_python(facts: PythonFacts) -> Iterator[Finding]:
         yield Finding("fail", "packages", ", ".join(wrong), "pip install -c constraints.txt hpcft")
     elif facts.requirements:
         yield Finding("ok", "packages", ", ".join(f"{name} {version}" for name, _, version in facts.requirements))
+
+
+def judge_program(refused: UsageError | None) -> Finding:
+    if refused is None:
+        return Finding("ok", "program", "is there, and compiles")
+    return Finding("fail", "program", refused.message, refused.hint or "correct it, or the section job")
 
 
 # --- torch -----------------------------------------------------------------------------------------------------

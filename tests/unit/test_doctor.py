@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hpcft.config import Config
 from hpcft.doctor import as_dict, exit_code, probes, rules
 from hpcft.doctor.finding import Finding
 from hpcft.doctor.probes import MemoryFacts, PythonFacts, SlurmFacts
@@ -378,6 +379,16 @@ def test_a_probe_that_does_not_answer_is_killed_at_its_deadline(
     assert answer == {"error": "no answer within 500ms", "silent": True}
     assert time.monotonic() - began < 30
     assert question._process.returncode == -9
+
+
+def test_a_program_that_run_would_refuse(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    config = Config.model_validate({"run": {"name": "r"}, "job": {"script": str(script)}})
+    found = rules.judge_program(probes.look_at_program(config))
+    assert (found.grade, found.subject) == ("fail", "program") and f"there is no file {script}" in found.detail
+    assert found.advice
+    script.write_text("raise SystemExit('run')\n")
+    assert rules.judge_program(probes.look_at_program(config)).grade == "ok"
 
 
 def test_doctor_as_a_command(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import zipfile
@@ -7,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcft.config import Config, check_program
-from hpcft.errors import UsageError
+from hpcft.config import Config, check_program, check_torch
+from hpcft.errors import UnusableError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,17 @@ def package(*names: str) -> None:
         path = Path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("raise SystemExit('imported')\n")
+
+
+def test_a_python_without_torch_is_refused_unless_a_command_brings_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    script, command = (
+        Config.model_validate({"run": {"name": "r"}, "job": job}) for job in ({"script": "x.py"}, {"command": ["x"]})
+    )
+    check_torch(script)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_torch(command)
+    with pytest.raises(UnusableError, match="this Python has no torch"):
+        check_torch(script)
 
 
 # --- scripts ---------------------------------------------------------------------------------------------------
