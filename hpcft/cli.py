@@ -310,8 +310,12 @@ def logs_command(
     """
     from hpcft import logview
 
+    written = False
     for line in logview.read(_find(root, run), rank=rank, node=node, lines=lines, follow=follow):
+        written = True
         click.echo(json.dumps(line.as_dict(), ensure_ascii=False) if as_json else line.text())
+    if rank is not None and lines and not written:
+        click.echo(f"rank {rank} has written nothing", err=True)
     return ExitCode.OK
 
 
@@ -433,7 +437,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo(asked.format_message(), err=True)
         return ExitCode.USAGE
     except click.ClickException as error:
-        return _complain(error.format_message(), _usage_hint(error), ExitCode.USAGE, given)
+        said = error.format_message()
+        if isinstance(error, click.MissingParameter):
+            said = " ".join(said.split())  # click lists the choices on lines of their own
+        return _complain(said, _usage_hint(error), ExitCode.USAGE, given)
     except HpcftError as error:
         return _complain(error.message, error.hint, error.exit_code, given)
     except OSError as error:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from hpcft.errors import NotFoundError
 from hpcft.rundir import RunDirectory
 
@@ -73,13 +75,16 @@ def read(
 ) -> Iterator[Line]:
     """The last `lines` of every stream that is asked for, and then, if it is to be followed, what comes.
 
-    Without a rank: the agents, and the workers of the newest generation.
+    Without a rank: the agents, and the workers of the newest generation. Of a rank of the world that has written
+    nothing there is no log, and no line.
 
     Raises:
         NotFoundError: there is no such log; the message names those that there are.
     """
     files = _select(run, rank, node)
     if not files and not follow:
+        if rank is not None and _is_in_world(run, rank, node):
+            return
         raise _nothing(run, rank, node)
     # opened before the tails are read: what is written in between is seen by one of the two
     followed = _Followed.open_all(files) if follow else {}
@@ -121,6 +126,14 @@ def _all(run: RunDirectory) -> Iterator[LogFile]:
                     yield LogFile(directory.name, int(found[2]), int(found[1]), -int(found[3] or 0), path)
                 elif found := _AGENT.fullmatch(path.name):
                     yield LogFile(directory.name, -1, 0, -int(found[1] or 0), path)
+
+
+def _is_in_world(run: RunDirectory, rank: int, node: str | None) -> bool:
+    try:
+        workers = orjson.loads(run.status.read_bytes())["workers"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return any(each["rank"] == rank and node in (None, each["node"]) for each in workers)
 
 
 def _nothing(run: RunDirectory, rank: int | None, node: str | None) -> NotFoundError:

@@ -21,7 +21,8 @@ import orjson
 
 from hpcft import durable, stream, terms
 from hpcft import secret as run_secret
-from hpcft.errors import UsageError
+from hpcft.errors import NotFoundError
+from hpcft.events import Outcome
 from hpcft.rundir import RunDirectory, is_live
 
 log = logging.getLogger("hpcft.operators")
@@ -30,14 +31,14 @@ _DIAL_SECONDS = 3.0
 
 
 def stop(run: RunDirectory) -> str:
-    """Ask the run's leader to make a last checkpoint and end; returns what was done.
+    """Ask the run's leader to make a last checkpoint and end; returns what was done, also if it has ended by itself.
 
     Raises:
-        UsageError: nothing runs.
+        NotFoundError: no leader is there, yet the run may go on: it waits for a requeue, or was killed.
         UnusableError: the secret or the spool cannot be used.
     """
     if not is_live(run):
-        raise UsageError(f"{run.name} does not run at the moment", f"hpcft status {run.name} tells how it ended")
+        return _ended(run)
     command = {"do": "stop", "by": f"{getpass.getuser()}@{socket.gethostname()}"}
     try:
         asyncio.run(_send(run, command))
@@ -48,6 +49,19 @@ def stop(run: RunDirectory) -> str:
             "which the leader reads every few seconds"
         )
     return f"{run.name} makes a last checkpoint and ends; hpcft status {run.name} --watch shows it"
+
+
+def _ended(run: RunDirectory) -> str:
+    try:
+        found = orjson.loads(run.status.read_bytes())
+        verdict, job = found["verdict"], found["allocation"].partition(".")[0]
+    except (OSError, ValueError, KeyError):
+        verdict, job = None, ""
+    if verdict is None:
+        raise NotFoundError(f"{run.name} does not run at the moment", f"hpcft status {run.name} tells what is known")
+    if verdict["outcome"] == Outcome.REQUEUED.value:
+        raise NotFoundError(f"{run.name} does not run at the moment: it is requeued", f"scancel {job} ends the job")
+    return f"{run.name} has ended already: {verdict['outcome']}, {verdict['reason']}"
 
 
 async def _send(run: RunDirectory, command: dict[str, Any]) -> dict[str, Any]:

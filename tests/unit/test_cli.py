@@ -149,6 +149,7 @@ def test_the_version() -> None:
         (["run", "x.toml", "--nodes", "0"], "--nodes"),
         (["run", "missing.toml"], "missing.toml: there is no such file"),
         (["completion", "tcsh"], "tcsh"),
+        (["completion"], "Choose from: bash, zsh, fish"),
     ],
 )
 def test_a_mistake_is_one_message_with_a_hint_and_exit_code_2(
@@ -372,3 +373,33 @@ def test_a_ledger_that_is_not_exact_is_damage(tmp_path: Path) -> None:
         done = hpcft("ledger", *more, cwd=tmp_path)
         assert done.returncode == 16, done.stderr
     assert json.loads(done.stdout)["exact"] is False
+
+
+# --- what is there no more ---
+
+
+def test_the_logs_of_a_rank_that_wrote_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", "one", workers=[{"rank": 3, "node": "node1"}])
+    (run.path / "logs" / "node1").mkdir(parents=True)
+    (run.path / "logs" / "node1" / "agent.log").write_text("hello\n")
+    done = hpcft("logs", "--rank", "3", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "rank 3 has written nothing\n")
+    assert hpcft("logs", "--rank", "4", cwd=tmp_path).returncode == 15
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code", "words"),
+    [
+        ({"outcome": "finished", "exit_code": 0, "reason": "all done"}, 0, "one has ended already: finished, all done"),
+        ({"outcome": "requeued", "exit_code": 75, "reason": "time"}, 15, "scancel 42 "),
+        (None, 15, "one does not run at the moment"),
+    ],
+)
+def test_stopping_what_does_not_run(verdict: object, code: int, words: str, tmp_path: Path) -> None:
+    state = verdict["outcome"] if isinstance(verdict, dict) else "training"
+    run = make_run(tmp_path / "runs", "one", state=state, verdict=verdict, allocation="42.0")
+    long_ago = time.time() - 1000
+    os.utime(run.status, (long_ago, long_ago))
+    done = hpcft("stop", "one", cwd=tmp_path)
+    assert done.returncode == code
+    assert words in done.stdout + done.stderr and "Traceback" not in done.stderr

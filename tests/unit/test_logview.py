@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import orjson
 import pytest
 
 from hpcft import logview
@@ -94,6 +95,15 @@ def test_what_is_not_there_is_said_with_what_is(run: RunDirectory, selection: di
         shown(run, **selection)
     assert words in caught.value.message
     assert caught.value.hint == "there are nodes node1, node2 and ranks 0, 1"
+
+
+def test_a_rank_of_the_world_that_wrote_nothing_is_no_mistake(run: RunDirectory) -> None:
+    write(run, "node1/agent.log", "hello\n")
+    run.status.write_bytes(orjson.dumps({"workers": [{"rank": 3, "node": "node1"}]}))
+    assert shown(run, rank=3) == shown(run, rank=3, node="node1") == []
+    for selection in ({"rank": 4}, {"rank": 3, "node": "node2"}):
+        with pytest.raises(NotFoundError):
+            shown(run, **selection)
 
 
 def test_a_local_keepers_output_is_shown_only_where_there_is_no_agents(run: RunDirectory) -> None:
