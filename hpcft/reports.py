@@ -15,7 +15,7 @@ from hpcft.checkpoint import marks, read
 from hpcft.checkpoint.layout import QUARANTINE, CheckpointDamagedError, CheckpointEntry, Damage
 from hpcft.errors import NotFoundError
 from hpcft.rundir import RunDirectory
-from hpcft.units import human_duration, human_size
+from hpcft.units import counted, human_duration, human_size
 
 if TYPE_CHECKING:
     from hpcft.data.account import EpochReport, LedgerReport
@@ -192,7 +192,8 @@ def ledger_text(report: LedgerReport) -> str:
     ]
     lines += [line for each in report.epochs for line in _examples(each)]
     if report.superseded:
-        lines.append(f"{report.superseded} steps were undone by a rollback and do not count")
+        undone = "was undone by a rollback and does" if report.superseded == 1 else "were undone by a rollback and do"
+        lines.append(f"{counted(report.superseded, 'step')} {undone} not count")
     if report.open_step is not None:
         lines.append(f"step {report.open_step} is being recorded")
     lines += [f"PROBLEM: {problem}" for problem in report.problems]
