@@ -280,11 +280,13 @@ class Leader:
         """From any thread."""
         self._loop.call_soon_threadsafe(self.feed, event)
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """It ends with the office, at the latest."""
         assert self._tasks is not None
         task = self._tasks.create_task(work, name=name)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+        return task
 
     def _perform(self, action: Action) -> None:
         match action:
@@ -314,8 +316,7 @@ class Leader:
             case Quarantine(checkpoint, detail):
                 self._commits.quarantine(checkpoint, detail)
             case Requeue():
-                assert self._tasks is not None
-                self._requeueing = self._tasks.create_task(self._requeue(), name="requeue")
+                self._requeueing = self._spawn(self._requeue(), "requeue")
             case Conclude(verdict):
                 if self._requeueing is not None:
                     self._requeueing.cancel()  # it was accepted, refused, or is not wanted any more

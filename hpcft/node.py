@@ -16,6 +16,7 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -371,6 +372,8 @@ def main() -> int:
         finish = _start_logging(directory, node, log_limits(orders.config, directory, node))
         loop = uvloop.new_event_loop()
         asyncio.set_event_loop(loop)
+        # named, for whoever looks at a hanging agent; nobody joins them (see `end_process`)
+        loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix="hpcft-blocking"))
         ended = loop.run_until_complete(live(orders, allocation, address, inherited))
         log.info("agent ends with code %d: %s", ended.code, ended.reason)
         return ended.code

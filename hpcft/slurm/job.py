@@ -80,7 +80,7 @@ class SlurmJob:
     async def kill_wait(self) -> float:
         """Seconds between SIGTERM and SIGKILL on this cluster; Slurm's default if it does not say."""
         try:
-            return float((await control.show_config(limit=self._timeout))["KillWait"].split()[0])
+            return control.seconds_of((await control.show_config(limit=self._timeout))["KillWait"])
         except (HpcftError, KeyError, ValueError) as error:
             log.warning("KillWait is unknown, %g s are assumed: %s", KILL_WAIT_SECONDS, error)
             return KILL_WAIT_SECONDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -11,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from hpcft.events import CheckpointRef, CheckpointsFound, NodeReported, OrderSave, WorkerReport
+from hpcft.events import CheckpointRef, CheckpointsFound, NodeReported, OrderSave, Termination, WorkerReport
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 from hpcft.journal import PROGRESS_SECONDS, Replayed
-from hpcft.leader import SILENT_SLACK_SECONDS, Leader, Office, _missed
+from hpcft.leader import SILENT_SLACK_SECONDS, Leader, Office, SteppedDown, _missed
 from hpcft.membership import Timing
 from hpcft.policy import Rules
 from hpcft.rundir import RunDirectory
@@ -149,3 +150,42 @@ async def test_a_save_by_the_clock_is_repeated_only_if_a_rank_has_missed_it(scen
     assert again[0] > 15 and not again[1]
     assert scene.look(replace(training(step=15), checkpoints=(CheckpointRef(Step(again[0]), Generation(1)),))) == []
     assert scene.look(training(step=15), later=601.0) != [], "the next one is due"
+
+
+class Busy:
+    """A resource manager that takes its time with a requeue."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+
+    async def requeue(self) -> None:
+        self.asked.set()
+        await asyncio.Event().wait()
+
+    async def why_terminated(self) -> Termination:
+        return Termination.REQUEUED
+
+    async def seconds_left(self) -> float | None:
+        return None
+
+    async def kill_wait(self) -> float:
+        return 30.0
+
+
+async def test_a_deposed_leader_does_not_wait_for_its_requeue(tmp_path: Path) -> None:
+    run, control = RunDirectory(tmp_path), Busy()
+    run.prepare()
+    record = TermRecord(Term(2), NodeId("a"), Incarnation("a2"), "127.0.0.1", 4711, "7.0")
+    leader = Leader(
+        replace(office(0.0), directory=run, record=record),
+        Rules(Timing(1.0, 3.0, 5.0), minimum_nodes=2, join_timeout=0.2),
+        Replayed(World(), 0.0, None, 0),
+        control,
+        commits=lambda deliver: SimpleNamespace(close=lambda: None),  # type: ignore[arg-type, return-value]
+        view=lambda world, rules, now: {},
+    )
+    leading = asyncio.create_task(leader.lead(b"s" * 32, lambda: None))
+    await asyncio.wait_for(control.asked.wait(), 30)
+    leader._deposed("another agent has claimed a later term")
+    with pytest.raises(SteppedDown, match="later term"):
+        await asyncio.wait_for(leading, 30)
