@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import search as search  # loads hypothesis' profile before any property is declared
 from tests.cluster import Cluster, missing
 
 why_no_cluster = functools.cache(missing)

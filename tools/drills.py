@@ -1,8 +1,9 @@
 """The long campaigns, `make drills`: every seed and every moment, for hours; results go to docs/drills/<date>.md.
 
-Two campaigns. `simulation`: the protocol under a simulated clock and network, with thousands of random histories a
-property instead of the hundred of `make test`. `moments`: the tests marked `drill`, real processes and a real Slurm
-cluster, at many more moments than `make test` has time for. What failed is named with the example that reproduces it.
+Three campaigns. `properties`: those of single modules, with thousands of random examples each. `simulation`: the
+protocol under a simulated clock and network, with as many histories instead of the hundred of `make test`. `moments`:
+the tests marked `drill`, real processes and a real Slurm cluster, at many more moments than `make test` has time for.
+What failed is named with the example that reproduces it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "drills"
 
 CAMPAIGNS = {
-    "simulation": ["tests/simulation", "-m", "not drill", "-p", "drill_profile", "--hypothesis-profile=drills"],
+    "properties": ["tests/unit", "-m", "not drill"],
+    "simulation": ["tests/simulation", "-m", "not drill"],
     "moments": ["-m", "drill"],
 }
+EXAMPLES = "20000"
+"""Random examples for each property, where HPCFT_EXAMPLES does not say otherwise (see tests/search.py)."""
 _NOTHING_FOUND = 5
 """pytest's exit status when no test was selected."""
 
@@ -50,7 +54,7 @@ def fly(campaign: str) -> Result:
         report = Path(name, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-rfEs", "--timeout=0", f"--junitxml={report}"]
         began = time.monotonic()
-        variables = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+        variables = {"HPCFT_EXAMPLES": EXAMPLES, **os.environ}
         done = subprocess.run([*command, *CAMPAIGNS[campaign]], cwd=ROOT, env=variables, check=False)
         seconds = time.monotonic() - began
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []

@@ -1,6 +1,6 @@
 """The whole protocol under faults: what must hold whatever happens is checked by `cluster` all the time.
 
-`make test` runs a fixed sample. `HYPOTHESIS_PROFILE=drills HPCFT_SIMULATIONS=100000` searches at random.
+`make test` runs a fixed sample. With HPCFT_EXAMPLES=100000 so many are searched at random.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from hpcft.events import Outcome
 from hpcft.world import Phase
+from tests.search import sampled
 from tests.simulation.cluster import Cluster, Shape, Violation
 from tests.simulation.faults import Fault, Kind, faults, shapes, simulate
 from tests.simulation.mutants import MUTANTS
-from tests.simulation.profiles import sampled
 
 
 @sampled(250)

@@ -2,18 +2,19 @@ from __future__ import annotations
 
 from math import prod
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.checkpoint.image import contradiction, header_length, lay_out
 from hpcft.checkpoint.pieces import DTYPE_BYTES, Piece, TensorShape, assign, find_gap, index_digest, whole
+from tests.search import sampled
 
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 tensors = st.builds(TensorShape, st.sampled_from(sorted(DTYPE_BYTES)), shapes)
 indexes = st.dictionaries(st.text(min_size=1, max_size=4), tensors, max_size=12)
 
 
-@settings(max_examples=300, deadline=None)
+@sampled(300)
 @given(indexes, st.integers(1, 9), st.integers(1, 500), st.data())
 def test_shares_cover_every_tensor_exactly_once(
     index: dict[str, TensorShape], world_size: int, cut_above: int, data: st.DataObject
@@ -33,7 +34,7 @@ def test_shares_cover_every_tensor_exactly_once(
     assert assign(dict(reversed(index.items())), world_size, pinned, cut_above) == shares
 
 
-@settings(max_examples=100, deadline=None)
+@sampled(100)
 @given(indexes, st.integers(1, 6), st.data())
 def test_anything_less_or_more_than_a_cover_is_found(
     index: dict[str, TensorShape], world_size: int, data: st.DataObject
@@ -90,7 +91,7 @@ def test_large_tensors_do_not_make_one_rank_slow() -> None:
         assert max(loads) < 1.1 * total / ranks
 
 
-@settings(max_examples=200, deadline=None)
+@sampled(200)
 @given(indexes)
 def test_image_is_aligned_and_without_holes(index: dict[str, TensorShape]) -> None:
     image = lay_out(whole(name, tensor) for name, tensor in index.items())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_samples import NONCE, committed, listing, pin, save, training_state
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.checkpoint.layout import MARKS, CheckpointEntry, checkpoint_name, staging_name
@@ -13,6 +13,7 @@ from hpcft.checkpoint.read import entries
 from hpcft.checkpoint.retention import discard, retire, stale, sweep
 from hpcft.checkpoint.tree import flatten
 from hpcft.ids import Generation, Step
+from tests.search import sampled
 
 
 def entry(step: int, generation: int = 1) -> CheckpointEntry:
@@ -42,7 +43,7 @@ def test_the_live_branch_does_not_lose_its_place_to_an_abandoned_one() -> None:
     assert retire(both, 1, 1000, frozenset()) == (entry(500, 1).name, entry(1000, 1).name)
 
 
-@settings(max_examples=200, deadline=None)
+@sampled(200)
 @given(
     st.lists(st.builds(entry, st.integers(0, 40), st.integers(1, 4)), unique=True),
     st.integers(0, 5),

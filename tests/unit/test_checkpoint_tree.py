@@ -13,7 +13,7 @@ import orjson
 import pytest
 import torch
 from checkpoint_samples import bits, facts, save, training_state
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler as schedulers
 
@@ -21,6 +21,7 @@ from hpcft.checkpoint.commit import commit
 from hpcft.checkpoint.load import load
 from hpcft.checkpoint.tree import DTYPE_NAMES, FlatState, StateError, flatten, unflatten
 from hpcft.errors import DamagedError
+from tests.search import sampled
 
 torch.set_num_threads(1)
 
@@ -137,7 +138,7 @@ json_like = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@sampled(150)
 @given(st.dictionaries(st.text(max_size=5), json_like, max_size=4))
 def test_any_nesting_comes_back(state: dict[str, Any]) -> None:
     assert equal(through_json(state), state)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_samples import NONCE, RUN, committed, pin, save, training_state
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.checkpoint import read
@@ -33,6 +33,7 @@ from hpcft.events import (
     Member,
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
+from tests.search import sampled
 
 WORKERS = 2
 
@@ -211,7 +212,7 @@ def test_a_commit_does_not_wait_until_another_checkpoint_has_been_read(
     assert said.empty()
 
 
-@settings(max_examples=200, deadline=None)
+@sampled(200)
 @given(
     st.sets(st.tuples(st.integers(0, 40), st.integers(1, 4))),
     st.sets(st.tuples(st.integers(0, 40), st.integers(1, 4))),

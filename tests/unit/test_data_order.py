@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.data import order
@@ -24,13 +24,11 @@ def test_each_sample_stands_at_exactly_one_place(n: int) -> None:
     assert np.array_equal(np.sort(order.ids(1, 0, n, 0, n)), np.arange(n))
 
 
-@settings(deadline=None)
 @given(st.integers(-(2**63), 2**64), st.integers(0, 2**40), st.integers(1, 3000))
 def test_any_seed_and_epoch_gives_a_bijection(seed: int, epoch: int, n: int) -> None:
     assert np.array_equal(np.sort(order.ids(seed, epoch, n, 0, n)), np.arange(n))
 
 
-@settings(deadline=None)
 @given(st.data(), st.integers(1, 2**62))
 def test_a_part_is_the_same_wherever_it_is_cut_from(data: st.DataObject, n: int) -> None:
     start = data.draw(st.integers(0, n - 1))
@@ -115,7 +113,6 @@ def in_plain_integers(seed: int, epoch: int, n: int, place: int) -> int:
             return place
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 1000), st.integers(1, 2**62), st.integers(0, 2**62))
 def test_the_order_is_the_same_in_plain_integers(seed: int, epoch: int, n: int, place: int) -> None:
     place %= n

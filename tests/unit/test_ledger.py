@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.data import order
@@ -17,6 +17,7 @@ from hpcft.data.account import LedgerReport, report
 from hpcft.data.batches import Position, advance, global_batch, slice_for
 from hpcft.data.ledger import LedgerWriter, ledger_path
 from hpcft.errors import NotFoundError, UnusableError
+from tests.search import sampled
 
 N, BATCH, SEED = 100, 9, 11
 
@@ -169,7 +170,7 @@ def test_many_problems_are_counted_not_listed(tmp_path: Path) -> None:
     assert len(account.problems) == 21 and account.problems[-1] == "and 79 more"
 
 
-@settings(max_examples=60, deadline=None)
+@sampled(60)
 @given(st.integers(1, 900))
 def test_a_torn_file_gives_its_whole_records(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     """A file that ends anywhere, or ends in zeros as after a loss of power."""

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.logs import Capture, LogWriter, RotatingFile
+from tests.search import sampled
 
 
 def stream_of(path: Path, keep: int) -> bytes:
@@ -36,7 +37,7 @@ def captured(tmp_path: Path, writer: LogWriter, **limits: int) -> tuple[Capture,
     return capture, writing
 
 
-@settings(max_examples=30, deadline=None)
+@sampled(30)
 @given(
     chunks=st.lists(st.binary(max_size=60).map(lambda raw: raw.replace(b"\x00", b"\n")), max_size=12),
     max_size=st.integers(min_value=5, max_value=60),

@@ -7,11 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.errors import UsageError
 from hpcft.slurm.nodelist import expand
+from tests.search import sampled
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slurm
-@settings(max_examples=150, deadline=None)
+@sampled(150)
 @given(nodelist=nodelists)
 def test_expands_as_the_real_scontrol_does(slurm_conf: Path, nodelist: str) -> None:
     shown = subprocess.run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.errors import ExitCode
@@ -45,6 +45,7 @@ from hpcft.ids import Generation, NodeId, Rank, Step, Term
 from hpcft.membership import Timing
 from hpcft.policy import NOTHING, Rules, assign, decide
 from hpcft.world import Budget, Node, Phase, World, apply
+from tests.search import sampled
 from tests.unit.worlds import (
     at_step,
     began,
@@ -375,7 +376,7 @@ def anything() -> st.SearchStrategy[Event]:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@sampled(150)
 @given(
     st.lists(st.tuples(anything(), st.sampled_from([0.0, 0.1, 1.0, 3.0])), max_size=40),
     st.integers(1, 3),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.session import (
@@ -18,6 +18,7 @@ from hpcft.session import (
     RefusedError,
     Session,
 )
+from tests.search import sampled
 
 KEY = b"k" * 32
 
@@ -85,7 +86,7 @@ def test_a_dialler_is_not_fooled_by_its_own_words() -> None:
         dialling.prove(dialling.opening + bytes(32))
 
 
-@settings(max_examples=300, deadline=None)
+@sampled(300)
 @given(st.integers(0, 3), st.integers(0, 10_000), st.integers(1, 255))
 def test_one_changed_byte_in_the_handshake_is_enough(turn: int, position: int, change: int) -> None:
     def tampered(number: int, said: bytes) -> bytes:
@@ -113,7 +114,7 @@ def test_one_changed_byte_in_the_handshake_is_enough(turn: int, position: int, c
     pytest.fail("a changed handshake was accepted")
 
 
-@settings(max_examples=300, deadline=None)
+@sampled(300)
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=6), st.data())
 def test_one_changed_byte_in_the_frames_stops_them_at_that_frame(bodies: list[bytes], data: st.DataObject) -> None:
     dialler, server, _ = handshake()
@@ -135,7 +136,7 @@ def test_one_changed_byte_in_the_frames_stops_them_at_that_frame(bodies: list[by
     assert accepted == bodies[:victim]
 
 
-@settings(max_examples=200, deadline=None)
+@sampled(200)
 @given(st.lists(st.integers(0, 4), max_size=8))
 def test_frames_are_accepted_once_and_in_the_order_sent_only(order: list[int]) -> None:
     dialler, server, _ = handshake()
@@ -162,7 +163,7 @@ def test_a_frame_of_another_session_is_refused() -> None:
         list(server.open(dialler.seal(Kind.MESSAGE, b"{}")))
 
 
-@settings(max_examples=200, deadline=None)
+@sampled(200)
 @given(st.lists(st.binary(max_size=60), max_size=8), st.lists(st.integers(1, 50), min_size=1))
 def test_how_the_bytes_are_cut_makes_no_difference(bodies: list[bytes], sizes: list[int]) -> None:
     dialler, server, _ = handshake()
@@ -211,7 +212,7 @@ def test_who_speaks_out_of_turn_is_refused() -> None:
         answering.feed(proof + b"x")
 
 
-@settings(max_examples=300, deadline=None)
+@sampled(300)
 @given(st.lists(st.binary(max_size=200), max_size=5))
 def test_garbage_never_opens_a_session(chunks: list[bytes]) -> None:
     answering = Answering(KEY, {})

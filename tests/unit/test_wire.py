@@ -7,12 +7,13 @@ from typing import Any, get_args
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft import events, wire
 from hpcft.events import Event, Order
 from hpcft.ids import Generation, Term
+from tests.search import sampled
 
 EVENTS = get_args(Event)
 ORDERS = get_args(Order)
@@ -25,13 +26,13 @@ def records(kinds: tuple[type, ...]) -> st.SearchStrategy[Any]:
     return st.one_of(*(st.from_type(kind) for kind in kinds))
 
 
-@settings(max_examples=200, deadline=None)
+@sampled(200)
 @given(records(EVENTS))
 def test_every_event_comes_back(event: Event) -> None:
     assert wire.decode_event(orjson.loads(orjson.dumps(wire.encode(event)))) == event
 
 
-@settings(max_examples=100, deadline=None)
+@sampled(100)
 @given(records(ORDERS))
 def test_every_order_comes_back(order: Order) -> None:
     assert wire.decode_order(orjson.loads(orjson.dumps(wire.encode(order)))) == order

@@ -1,0 +1,25 @@
+"""How hypothesis searches: the same examples each time in `make test`, others each time and many in `make drills`.
+
+A test that fails for one example in a thousand says nothing about the change it fails on; found by a campaign, it comes
+with the example that reproduces it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+_MANY = int(os.environ.get("HPCFT_EXAMPLES", "0"))
+"""So many random examples a property; 0: the fixed sample."""
+
+settings.register_profile("fixed", deadline=None, database=None, derandomize=True)
+settings.register_profile(
+    "random", max_examples=_MANY or 1, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("random" if _MANY else "fixed")
+
+
+def sampled(examples: int) -> settings:
+    """A property of which `examples` are tried in `make test`; the others are tried as often as hypothesis does it."""
+    return settings(max_examples=_MANY or examples)
