@@ -17,7 +17,6 @@ is in its manifest) or an error.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,29 +57,6 @@ class Committed:
     """Of the manifest."""
     latest_failure: str = ""
     """Why `LATEST` could not be rewritten, which costs nothing but the hint."""
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What a file system has left for us."""
-
-    needed: int
-    free: int
-    free_files: int | None
-    """None where the file system does not count them."""
-
-    @property
-    def shortage(self) -> str:
-        """Why a checkpoint of `needed` bytes would not fit; empty when it would."""
-        if self.needed > self.free:
-            return f"a checkpoint needs {self.needed / 2**20:.1f} MiB and {self.free / 2**20:.1f} MiB are free"
-        return "no files can be created any more (inodes)" if self.free_files == 0 else ""
-
-
-def room_for(root: Path, needed: int) -> Room:
-    """The room under `root`. Quotas show here on some file systems only; elsewhere the write itself will say so."""
-    found = os.statvfs(root)
-    return Room(needed, found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None)
 
 
 def commit(root: Path, reports: Sequence[ShardReport], facts: Facts) -> Committed:

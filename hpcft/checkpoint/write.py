@@ -7,6 +7,7 @@ The state must not change until `save_share` has returned.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -28,6 +29,7 @@ from hpcft.checkpoint.tree import FlatState
 from hpcft.errors import UnusableError
 from hpcft.ids import Rank
 
+_MEND = "training goes on with the older checkpoints; look at free space, quota and permissions"
 SLAB_BYTES = 64 * 1024 * 1024
 """Copied at a time, of tensors whose bytes are not at hand."""
 
@@ -58,6 +60,8 @@ def save_share(
     share = assign(index, world_size, pinned, cut_above)[rank]
     staging = root / staging_name(name, nonce)
     try:
+        if short := _shortage(root, sum(piece.nbytes for piece in share)):
+            raise SaveError(f"rank {rank} did not begin to write its part of {name}: {short}", _MEND)
         durable.make_directory(staging)
         files = _write_files(staging, rank, world_size, flat, share)
         mine = (position, _versions()) if rank == 0 else (None, {})
@@ -65,10 +69,7 @@ def save_share(
         durable.write_file(staging / sidecar_name(rank, world_size), [sidecar])
     except OSError as error:
         why = f"{error.strerror or error} ({error.filename or staging})"
-        raise SaveError(
-            f"rank {rank} could not write its part of {name}: {why}",
-            "training goes on with the older checkpoints; look at free space, quota and permissions",
-        ) from error
+        raise SaveError(f"rank {rank} could not write its part of {name}: {why}", _MEND) from error
     return ShardReport(
         name=name,
         nonce=nonce,
@@ -78,6 +79,17 @@ def save_share(
         sidecar=durable.digest(sidecar),
         size=sum(entry.size for entry in files),
     )
+
+
+def _shortage(root: Path, needed: int) -> str:
+    """Why so many bytes would not fit; empty where they would. Quotas show here on some file systems only."""
+    found = os.statvfs(root)
+    free = found.f_bavail * found.f_frsize
+    if needed > free:
+        return f"it has {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free ({root})"
+    if found.f_files and not found.f_favail:
+        return f"no more files can be created, there are no free inodes ({root})"
+    return ""
 
 
 def _write_files(

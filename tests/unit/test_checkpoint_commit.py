@@ -28,7 +28,7 @@ from checkpoint_samples import (
 from system_calls import interrupted
 
 from hpcft import durable
-from hpcft.checkpoint.commit import CommitError, commit, room_for
+from hpcft.checkpoint.commit import CommitError, commit
 from hpcft.checkpoint.layout import checkpoint_name, parse_name, parse_staging, staging_name
 from hpcft.checkpoint.load import load
 from hpcft.checkpoint.manifest import ShardReport
@@ -231,19 +231,30 @@ def test_faults_at_every_step() -> None:
     assert found["retries"] > 15
 
 
+def fill(disk: Path) -> None:
+    with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(b"x" * 4096)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_full_disk_costs_only_that_save(tmp_path: Path, kind: str) -> None:
     large = flatten({"w": torch.ones(24 << 18)})  # 24 MiB
-    small = flatten({"w": torch.ones(1 << 18)})
+    medium, small = flatten({"w": torch.ones(8 << 18)}), flatten({"w": torch.ones(1 << 18)})
     name = checkpoint_name(Step(2), Generation(1))
     with small_file_system(tmp_path, kind, 16) as disk:
         done = commit(disk, save(disk, small, 1, world_size=1), facts())
-        room = room_for(disk, 24 << 20)
-        assert "24.0 MiB" in room.shortage
-        assert room_for(disk, 1 << 20).shortage == ""
-        with pytest.raises(SaveError, match=r"rank 0 could not write .* No space left on device"):
+        with pytest.raises(SaveError, match=r"rank 0 did not begin to write .*24\.0 MiB.* MiB are free"):
             save(disk, large, 2, world_size=1)
+        assert [entry.name for entry in disk.iterdir() if entry.name.startswith(".tmp")] == []
+        with (
+            pytest.raises(SaveError, match=r"rank 0 could not write .* No space left on device"),
+            interrupted(6, lambda call: fill(disk)) as calls,
+        ):
+            save(disk, medium, 2, world_size=1)
+        assert calls[5] == "write"
+        (disk / "filler").unlink()
         discard(disk, name, NONCE)
         assert [entry.name for entry in entries(disk)] == [done.name]
         assert same_tensors(load(done.directory), small)
@@ -255,14 +266,11 @@ def test_full_disk_costs_only_that_save(tmp_path: Path, kind: str) -> None:
 def test_disk_that_fills_up_during_the_commit(tmp_path: Path) -> None:
     with small_file_system(tmp_path, "tmpfs", 8) as disk:
         reports = save(disk, flatten({"w": torch.ones(1 << 18)}), 2, world_size=1)
-        filler = disk / "filler"
-        with filler.open("wb", buffering=0) as file, pytest.raises(OSError):
-            while True:
-                file.write(b"x" * 4096)
+        fill(disk)
         with pytest.raises(CommitError, match="writing the manifest: No space left on device"):
             commit(disk, reports, facts())
         assert entries(disk) == []
-        filler.unlink()
+        (disk / "filler").unlink()
         assert verify(commit(disk, reports, facts()).directory) == []
 
 
