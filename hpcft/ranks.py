@@ -284,7 +284,7 @@ def failure_of(event: WorkerExited, last_words: Mapping[str, Mapping[str, Any]],
 def worker_spec(
     assignment: Assignment, formation: Formation, slot: int, rank: Rank, local_size: int, store: tuple[str, int]
 ) -> dict[str, Any]:
-    """What one worker is told at its start (docs/architecture.md: the worker contract)."""
+    """What one worker is told at its start (docs/interfaces.md)."""
     config = assignment.config
     nodes = [member.node for member in formation.members]
     every = config.checkpoint.every

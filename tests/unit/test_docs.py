@@ -113,7 +113,7 @@ def test_the_page_of_exit_codes_has_all_and_no_other() -> None:
 
 
 def test_workers_exit_statuses_are_documented() -> None:
-    for page in ("exit-codes.md", "architecture.md"):
+    for page in ("exit-codes.md", "interfaces.md"):
         text = (ROOT / "docs" / page).read_text()
         for status in (STATUS_FENCED, STATUS_DAMAGED, STATUS_STOPPED, STATUS_UNREADABLE):
             assert str(status) in text, (page, status)
@@ -147,7 +147,7 @@ def specification(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_the_workers_specification_is_documented_key_by_key(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text()
+    page = (ROOT / "docs" / "interfaces.md").read_text()
     listed = page.partition("<!-- worker specification")[2].partition("<!-- end -->")[0]
     keys = set()
     for key, value in specification(tmp_path).items():
