@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hpcft.status import goodput
 from hpcft.units import counted, human_duration
 
 _LINE_SECONDS = 2.0
@@ -126,7 +127,6 @@ def _summary(status: Mapping[str, Any], counts_steps: bool) -> str:
     verdict, elapsed = status["verdict"], human_duration(status["elapsed_seconds"])
     took = f"in {elapsed}"
     if counts_steps:
-        goodput = "unknown" if status["goodput"] is None else f"{status['goodput']:.1%}"
         loss = "" if status["loss"] is None else f"final loss {status['loss']:.4f}, "
-        took = f"{loss}goodput {goodput} of {elapsed}"
+        took = f"{loss}goodput {goodput(status)}"
     return f"{verdict['outcome']}  {verdict['reason']}, {took}, {counted(len(status['incidents']), 'incident')}"

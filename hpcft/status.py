@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -74,6 +75,7 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
         "checkpoints": [{"step": each.step, "generation": each.generation} for each in world.checkpoints],
         # of a plain command's steps nothing is known, and so nothing of what it lost
         "goodput": world.goodput(now) if rules.saves else None,
+        "seconds": asdict(world.accounts(now)) if rules.saves else None,
         "elapsed_seconds": now,
         "eta_seconds": None if total is None or seconds is None else max(0.0, (total - world.step) * seconds),
         "budget": [
@@ -151,6 +153,7 @@ def _incident(incident: Incident) -> dict[str, Any]:
         "steps_lost": incident.steps_lost,
         "generation": incident.generation,
         "step": incident.step,
+        "times": incident.times,
         "budget": incident.budget.value if incident.budget is not None else None,
         "last_output": list(incident.tail),
     }
@@ -221,15 +224,24 @@ def _lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
     if plain:
         yield f"  elapsed     {elapsed}"
     else:
-        yield "  goodput     " + (
-            f"unknown, {elapsed} in all" if status["goodput"] is None else f"{status['goodput']:.1%} of {elapsed}"
-        )
+        yield f"  goodput     {goodput(status)}"
         steps = [str(each["step"]) for each in status["checkpoints"]]
         yield f"  checkpoints {', '.join(steps[-6:]) or 'none yet'}"
     budgets = [f"{each['cause']} {each['used']}/{each['limit']}" for each in status["budget"]]
     yield f"  budget      {', '.join(budgets)} used"
     yield from _node_lines(status, width)
     yield from _incident_lines(status, width)
+
+
+def goodput(status: Mapping[str, Any]) -> str:
+    """Its share of the time, and where the rest has gone."""
+    elapsed = human_duration(status["elapsed_seconds"])
+    if status["goodput"] is None:
+        return f"unknown, {elapsed} in all"
+    seconds = status["seconds"]
+    lost = [("repeated steps", "repeated"), ("recovery", "recovery"), ("start-up and leaving", "other")]
+    rest = ", ".join(f"{name} {human_duration(seconds[key])}" for name, key in lost if seconds[key] >= 0.05)
+    return f"{status['goodput']:.1%} of {elapsed}" + (f" ({rest})" if rest else "")
 
 
 def _silence_of(status: Mapping[str, Any]) -> str:
@@ -260,7 +272,7 @@ def _node_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
     yield f"  {'NODE':<{name}}{'STATE':<14}{'HEARTBEAT':>10}  {'RANKS' if plain else 'RANKS (step, steps/s)'}"
     workers = {worker["rank"]: worker for worker in status["workers"]}
     for node in status["nodes"]:
-        age = f"{node['heartbeat_age_seconds']:.1f} s"
+        age = "-" if status["verdict"] is not None else f"{node['heartbeat_age_seconds']:.1f} s"
         before = f"  {node['node']:<{name}}{node['state']:<14}{age:>10}  "
         ranks = [_rank(workers[rank], plain) for rank in node["ranks"] if rank in workers]
         for row in _rows(ranks, width - len(before)):
@@ -296,9 +308,14 @@ def _incident_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
     for incident in status["incidents"][-_SHOWN_INCIDENTS:]:
         down = incident["downtime_seconds"]
         lost = incident["steps_lost"]
-        after = "not over yet" if down is None else f"{down:.2f} s down"
-        if lost is not None:
-            after += f", {counted(lost, 'step')} lost"
+        if down is None:
+            after = "not over yet"
+        elif not down and not lost:
+            after = "training went on"
+        else:
+            after = f"{down:.2f} s down" + (f", {counted(lost, 'step')} lost" if lost is not None else "")
+        if incident["times"] > 1:
+            after = f"{incident['times']} times, the latest; {after}"
         what = f"#{incident['number']} {incident['cause']}: {incident['culprit']} ({after})"
         yield from _wrapped(what, width, 2, hang=3)
         if incident["reason"]:

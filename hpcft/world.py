@@ -145,6 +145,8 @@ class Incident:
     resumed_at: float | None = None
     steps_lost: int | None = None
     tail: tuple[str, ...] = ()
+    times: int = 1
+    """How often the same has happened since; counted where nothing else came between."""
 
     @property
     def open(self) -> bool:
@@ -184,6 +186,20 @@ class Undone:
     @property
     def reached(self) -> Step:
         return max(self.step, min((step for _, step in self.last_words), default=self.step))
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """Where the seconds of the run clock have gone."""
+
+    kept: float
+    """Training, on steps that were kept."""
+    repeated: float
+    """Training, on steps that a rollback has undone."""
+    recovery: float
+    """Not training, because of a failure."""
+    other: float
+    """Starting up, and leaving."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +282,12 @@ class World:
     """The step the generation started from."""
     productive: float = 0.0
     """Seconds spent on steps that were kept, in generations that have ended."""
+    undone_seconds: float = 0.0
+    """Seconds spent in those generations on steps that had to be repeated."""
+    recovering: float = 0.0
+    """Seconds between generations that failures have cost."""
+    idle_since: float = 0.0
+    """When the last generation that trained was given up; 0 before the first."""
     total_steps: Step | None = None
     """How many steps the program means to make, if it said so."""
     last_reason: str = ""
@@ -316,11 +338,20 @@ class World:
         return self.checkpoints[-1] if self.checkpoints else None
 
     def goodput(self, now: float) -> float | None:
-        """Share of the run clock spent on steps that were kept (those running now count as kept)."""
-        if now <= 0:
-            return None
-        running = now - self.training_since if self.training_since is not None else 0.0
-        return min(1.0, (self.productive + running) / now)
+        """Share of the run clock spent on steps that were kept."""
+        return min(1.0, self.accounts(now).kept / now) if now > 0 else None
+
+    def accounts(self, now: float) -> Accounts:
+        """Where the time has gone. Steps that are running now count as kept."""
+        training = self.training_since is not None
+        kept = self.productive + (now - self.training_since if self.training_since is not None else 0.0)
+        recovery = self.recovering + (0.0 if training else self.waiting_to_recover(now))
+        return Accounts(kept, self.undone_seconds, recovery, max(0.0, now - kept - self.undone_seconds - recovery))
+
+    def waiting_to_recover(self, now: float) -> float:
+        """Seconds that the open incident has cost while nothing trained."""
+        incident = self.open_incident
+        return 0.0 if incident is None else now - max(self.idle_since, incident.detected_at)
 
 
 def takes_over(before: World, allocation: str, node: NodeId) -> bool:
@@ -375,10 +406,7 @@ def apply(world: World, event: Event, now: float) -> World:
             left = tuple(each for each in world.checkpoints if each not in event.checkpoints)
             return replace(world, checkpoints=left)
         case CheckpointFailed():
-            if not _current(world, event.generation):
-                return world
-            noted = _note(world, "checkpoint failed", event.reason, "training goes on; the next save tries again", now)
-            return replace(noted, save_failed=(event.step, event.reason))
+            return _fail_checkpoint(world, event, now)
         case CheckpointDamaged():
             return _lose_checkpoint(world, event, now)
         case CheckpointKept():
@@ -436,6 +464,9 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
         undone=world.undone,
         base_step=world.restore.step if world.restore else Step(0),
         productive=world.productive,
+        undone_seconds=world.undone_seconds,
+        recovering=world.recovering,
+        idle_since=world.idle_since,
         verdict=None,
     )
     if event.allocation == world.allocation and world.verdict is None:
@@ -543,11 +574,18 @@ def _ready(world: World, event: WorkersReady, now: float) -> World:
     if event.total_steps is not None:
         world = replace(world, total_steps=event.total_steps)
     complete = all(member.node in ready for member in formation.members)
-    since = now if complete and world.training_since is None else world.training_since
-    world = replace(world, ready=ready, training_since=since)
+    world = replace(world, ready=ready)
+    if complete:
+        world = _begin_training(world, now)
     if complete and not event.counts_steps and world.open_incident is not None and not world.broken:
         world = _resume(world, world.open_incident, now, counts_steps=False)
     return world
+
+
+def _begin_training(world: World, now: float) -> World:
+    if world.training_since is not None:
+        return world
+    return replace(world, training_since=now, recovering=world.recovering + world.waiting_to_recover(now))
 
 
 def _progress(world: World, event: Progressed, now: float) -> World:
@@ -560,9 +598,8 @@ def _progress(world: World, event: Progressed, now: float) -> World:
         losses=world.losses if event.loss is None else {**world.losses, event.node: event.loss},
     )
     step = world.step
-    if step > world.base_step and world.training_since is None:
-        # programs that never say "ready" (plain torchrun scripts) show it by their first step
-        world = replace(world, training_since=now)
+    if step > world.base_step:
+        world = _begin_training(world, now)  # also where a word of its readiness has been lost
     incident = world.open_incident
     if incident is not None and step > world.base_step and not world.broken:
         world = _resume(world, incident, now, counts_steps=True)
@@ -720,6 +757,19 @@ def _commit_checkpoint(world: World, event: CheckpointCommitted) -> World:
     return replace(world, checkpoints=(*world.checkpoints, event.checkpoint), saved=event.checkpoint)
 
 
+def _fail_checkpoint(world: World, event: CheckpointFailed, now: float) -> World:
+    if not _current(world, event.generation):
+        return world
+    last = world.incidents[-1] if world.incidents else None
+    cause = "checkpoint failed"
+    if last is not None and (last.cause, last.generation, last.open) == (cause, event.generation, False):
+        again = replace(last, culprit=event.reason, times=last.times + 1)
+        world = replace(world, incidents=(*world.incidents[:-1], again))
+    else:
+        world = _note(world, cause, event.reason, "training goes on; the next save tries again", now)
+    return replace(world, save_failed=(event.step, event.reason))
+
+
 def _lose_checkpoint(world: World, event: CheckpointDamaged, now: float) -> World:
     left = tuple(each for each in world.checkpoints if each != event.checkpoint)
     world = replace(world, checkpoints=left)
@@ -752,7 +802,13 @@ def _close_generation(world: World, kept: Step, now: float) -> World:
     done = world.step - world.base_step
     share = max(0, min(kept, world.step) - world.base_step) / done if done > 0 else 0.0
     seconds = now - world.training_since
-    return replace(world, productive=world.productive + seconds * share, training_since=None)
+    return replace(
+        world,
+        productive=world.productive + seconds * share,
+        undone_seconds=world.undone_seconds + seconds * (1 - share),
+        training_since=None,
+        idle_since=now,
+    )
 
 
 def _carry_out(world: World, decided: Decided, now: float) -> World:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -365,8 +366,30 @@ def test_a_failed_save_is_an_incident_that_costs_no_time(tmp_path: Path) -> None
     found, text = scene.see(failed).shown(tmp_path)
     assert found["state"] == "training"
     assert found["incidents"][0]["budget"] is None
-    assert "#1 checkpoint failed: rank 3: no space left on device (0.00 s down, 0 steps lost)" in text
+    assert "#1 checkpoint failed: rank 3: no space left on device (training went on)" in text
     assert "training goes on; the next save tries again" in text
+    again = CheckpointFailed(Step(60), scene.generation, "rank 1: no space left on device")
+    found, text = scene.see(again, again).shown(tmp_path)
+    assert [each["times"] for each in found["incidents"]] == [3], "one line, however often it happens"
+    assert "#1 checkpoint failed: rank 1: no space left on device (3 times, the latest; training went on)" in text
+    scene.fail(1, killed(60)).acknowledge().train(41)
+    found, _ = scene.see(replace(again, generation=scene.generation)).shown(tmp_path)
+    assert [each["cause"] for each in found["incidents"]] == ["checkpoint failed", "worker failed", "checkpoint failed"]
+
+
+def test_where_the_time_has_gone(tmp_path: Path) -> None:
+    scene = Scene().training(50).commit(40)  # 0.8 s until all are ready, 1 s for 50 steps
+    scene.see(after=0.2).fail(1, killed(50))  # 0.3 s later
+    scene.acknowledge().train(60, seconds=4.0)
+    found, text = scene.shown(tmp_path)
+    seconds = found["seconds"]
+    assert sum(seconds.values()) == pytest.approx(found["elapsed_seconds"])
+    assert seconds["kept"] == pytest.approx(1.5 * 40 / 50 + 4.0)
+    assert seconds["repeated"] == pytest.approx(1.5 * 10 / 50)
+    assert seconds["recovery"] == pytest.approx(0.3)  # from the proposal until all are ready
+    assert seconds["other"] == pytest.approx(0.8)
+    assert found["goodput"] == pytest.approx(seconds["kept"] / found["elapsed_seconds"])
+    assert "78.8% of 6.6s (repeated steps 300ms, recovery 300ms, start-up and leaving 800ms)" in text
 
 
 def leaving(why: Termination) -> Scene:
@@ -412,6 +435,7 @@ def test_finished(tmp_path: Path) -> None:
     assert "300 of 300" in text
     assert "done in" not in text, "nothing is to come"
     assert {each["state"] for each in found["nodes"]} == {"ended"}
+    assert re.search(r"node1 +ended +- ", text), "nobody waits for heartbeats any more"
 
 
 def test_workers_are_not_shown_behind_what_is_known_of_all(tmp_path: Path) -> None:
