@@ -66,10 +66,10 @@ def prepare(
     """Check what can be checked from here.
 
     Raises:
-        UsageError: the training program is not there or does not compile; the run is live already.
+        UsageError: the training program is not there or does not compile.
         BelowMinimumError: the job asks for fewer nodes than `nodes.min`.
         NotFoundError: there is no checkpoint of `from_step`.
-        UnusableError: the run directory cannot be used.
+        UnusableError: the run directory cannot be used; the run is being trained already.
     """
     from hpcft.config import check_program
     from hpcft.rundir import RunDirectory, is_live
@@ -80,8 +80,8 @@ def prepare(
     _check_nodes(config, script, sbatch_args)
     _check_devices(config, script, sbatch_args)
     if is_live(run):
-        raise UsageError(
-            f"the run {run.name} is live already: two jobs would fight for it",
+        raise UnusableError(
+            f"the run {run.name} is being trained already: two starts of one run would be in each other's way",
             f"hpcft status {run.name}; hpcft stop {run.name}; or give this one another run.name",
         )
     _check_place(run.path)

@@ -50,6 +50,7 @@ from hpcft.errors import NotFoundError, UsageError
 from hpcft.ids import Generation, Rank, Step
 from hpcft.page import LET_GO, Order, Phase
 from hpcft.worker import group
+from hpcft.worker.alone import narrated
 from hpcft.worker.link import Link
 from hpcft.worker.randomness import Randomness
 from hpcft.worker.replicas import Replica
@@ -436,7 +437,8 @@ _entered = False
 def main(train: Callable[[Run], object]) -> None:
     """Train: join the run that this process was started for, call `train(run)`, save, and report.
 
-    Without an agent (plain `python train.py`) it trains alone, as rank 0 of 1, without checkpoints.
+    Without an agent (plain `python train.py`) it trains alone, as rank 0 of 1, without checkpoints, and says on stderr
+    how that goes.
     """
     global _entered
     spec = take_spec(os.environ)
@@ -446,10 +448,12 @@ def main(train: Callable[[Run], object]) -> None:
         _entered = True
         _train_for_agent(train, spec)
         return
-    run = Run(spec, Link(spec), group.choose_device(spec), {})
+    link = Link(spec)
+    run = Run(spec, link, group.choose_device(spec), {})
     group.form(spec, run.device)
     try:
-        _call(train, run)
+        with narrated(link.slot):
+            _call(train, run)
     finally:
         group.leave()
 

@@ -115,7 +115,7 @@ def test_a_live_run_is_not_joined_by_a_second_job(config_file: Path) -> None:
     run = RunDirectory(config_file.parent / "runs" / "mine")
     run.prepare()
     run.status.write_bytes(orjson.dumps({"state": "training"}))
-    with pytest.raises(UsageError, match="is live already"):
+    with pytest.raises(UnusableError, match="is being trained already"):
         submit.prepare(config_file, config(config_file))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -54,7 +55,32 @@ def test_plain_python_trains_alone() -> None:
     ended = subprocess.run(
         [sys.executable, str(PROGRAMS / "exact.py")], env=environment, capture_output=True, text=True, timeout=120
     )
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.returncode == 0, ended.stderr
+    *running, end, advice = ended.stderr.splitlines()
+    assert re.fullmatch(r"hpcft: 40 steps in [\d.]+m?s, loss \d\.\d{4}; trained alone: nothing was saved", end)
+    assert "hpcft run CONFIG" in advice
+    assert all(re.fullmatch(r"hpcft: step \d+, loss \d\.\d{4}, [\d.]+ steps/s", line) for line in running)
+
+
+def test_how_training_alone_goes_is_said_while_it_goes(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpcft.worker.alone.LINE_SECONDS", 0.01)
+    said = ""
+
+    def train(run: hpcft.Run) -> None:
+        nonlocal said
+        model = linear()
+        run.restore(model=model)
+        optimizer = sgd(model)
+        until = time.monotonic() + 60
+        while "hpcft: step " not in said and time.monotonic() < until:
+            run.backward(model(torch.ones(1, 2).double()).sum())
+            run.update(optimizer, loss=2.5)
+            said += capfd.readouterr().err
+
+    hpcft.main(train)
+    assert re.search(r"^hpcft: step \d+, loss 2\.5000, [\d.]+ steps/s$", said, re.MULTILINE)
 
 
 def test_alone_it_is_rank_0_of_1_and_collectives_work() -> None:
