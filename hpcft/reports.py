@@ -6,14 +6,16 @@ Each report has `as_dict`, which is printed under `--json` and only ever grows, 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpcft import status
 from hpcft.checkpoint import marks, read
 from hpcft.checkpoint.layout import QUARANTINE, CheckpointDamagedError, CheckpointEntry, Damage
-from hpcft.errors import NotFoundError
+from hpcft.errors import NotFoundError, UnusableError
 from hpcft.rundir import RunDirectory
 from hpcft.units import counted, human_duration, human_size
 
@@ -35,6 +37,8 @@ class ListedCheckpoint:
     bytes: int | None
     world_size: int | None
     parent: str | None
+    abandoned: bool
+    """Of a branch that the run has left: it goes on from here only when told to, with `--from`."""
     marks: tuple[str, ...]
     damage: str | None
 
@@ -64,6 +68,7 @@ class Listing:
             age = human_duration(max(0.0, time.time() - each.created)) if each.created is not None else "?"
             ranks = each.world_size if each.world_size is not None else "?"
             notes = [*(["latest"] if each.name == self.latest else []), *each.marks]
+            notes += ["of an abandoned branch"] if each.abandoned else []
             notes += [f"DAMAGED: {each.damage}"] if each.damage else []
             row = f"{each.step:>10}  {each.generation:>10}  {size:>10}  {age:>9}  {ranks:>5}  {', '.join(notes)}"
             yield row.rstrip()
@@ -74,9 +79,11 @@ class Listing:
 def list_checkpoints(run: RunDirectory) -> Listing:
     root = run.checkpoints
     pinned = marks.pinned(root)
+    generation, lineage = _lineage(run)
     listed = []
     for entry in reversed(read.entries(root)):
         mine = (marks.PINNED,) if entry.name in pinned else ()
+        abandoned = entry.generation < generation and (entry.step, entry.generation) not in lineage
         try:
             manifest, _ = read.read_manifest(entry.directory)
         except NotFoundError:
@@ -84,7 +91,9 @@ def list_checkpoints(run: RunDirectory) -> Listing:
         except CheckpointDamagedError as error:
             damage = "; ".join(map(str, error.damages))
             listed.append(
-                ListedCheckpoint(entry.name, entry.step, entry.generation, None, None, None, None, mine, damage)
+                ListedCheckpoint(
+                    entry.name, entry.step, entry.generation, None, None, None, None, abandoned, mine, damage
+                )
             )
             continue
         listed.append(
@@ -96,11 +105,23 @@ def list_checkpoints(run: RunDirectory) -> Listing:
                 manifest.size,
                 manifest.world_size,
                 manifest.parent,
+                abandoned,
                 mine,
                 None,
             )
         )
     return Listing(run.name, tuple(listed), _latest(root), _names(root / QUARANTINE))
+
+
+def _lineage(run: RunDirectory) -> tuple[int, set[tuple[int, int]]]:
+    """The generation, and what the leader would go on from; of this generation there may be newer ones already."""
+    try:
+        found = status.read(run)
+    except UnusableError:
+        return 0, set()  # the checkpoints can be listed all the same
+    if found["state"] == "not started":
+        return 0, set()
+    return found["generation"], {(each["step"], each["generation"]) for each in found["checkpoints"]}
 
 
 def _latest(root: Path) -> str | None:
@@ -185,11 +206,8 @@ def ledger_as_dict(report: LedgerReport) -> dict[str, Any]:
 
 def ledger_text(report: LedgerReport) -> str:
     lines = [f"{report.samples} samples, seed {report.seed}, recorded up to step {report.last_step}", ""]
-    lines.append(f"{'EPOCH':>6}  {'ONCE':>10}  {'MORE THAN ONCE':>14}  {'NEVER':>10}  {'STILL TO COME':>13}")
-    lines += [
-        f"{each.epoch:>6}  {each.once:>10}  {each.more_than_once:>14}  {each.never:>10}  {each.pending:>13}"
-        for each in report.epochs
-    ]
+    lines.append(f"{'EPOCH':>9}  {'ONCE':>10}  {'MORE THAN ONCE':>14}  {'NEVER':>10}  {'STILL TO COME':>13}")
+    lines += list(_epoch_rows(report.epochs))
     lines += [line for each in report.epochs for line in _examples(each)]
     if report.superseded:
         undone = "was undone by a rollback and does" if report.superseded == 1 else "were undone by a rollback and do"
@@ -199,6 +217,15 @@ def ledger_text(report: LedgerReport) -> str:
     lines += [f"PROBLEM: {problem}" for problem in report.problems]
     lines.append("each sample that was reached has been used exactly once" if report.exact else "NOT EXACT")
     return "\n".join(lines)
+
+
+def _epoch_rows(epochs: Sequence[EpochReport]) -> Iterator[str]:
+    """One for each epoch; one for all in a row that are alike."""
+    for _, alike in groupby(epochs, lambda each: replace(each, epoch=0)):
+        first, *others = alike
+        numbers = f"{first.epoch}-{others[-1].epoch}" if others else f"{first.epoch}"
+        row = f"{numbers:>9}  {first.once:>10}  {first.more_than_once:>14}  {first.never:>10}  {first.pending:>13}"
+        yield row + ("  each" if others else "")
 
 
 def _examples(epoch: EpochReport) -> Iterator[str]:

@@ -320,3 +320,5 @@ def _incident_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
         yield from _wrapped(what, width, 2, hang=3)
         if incident["reason"]:
             yield from _wrapped(incident["reason"], width, 5)
+        if status.get("plain_command") and incident["last_output"]:  # nobody else says what went wrong
+            yield f"     its last line: {incident['last_output'][-1]}"

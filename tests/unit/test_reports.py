@@ -55,6 +55,19 @@ def test_checkpoints_are_listed_newest_first_with_what_is_known_of_them(run: Run
     assert json.loads(json.dumps(listing.as_dict()))["checkpoints"][2]["step"] == 100
 
 
+def test_checkpoints_of_a_branch_that_was_left_are_marked(run: RunDirectory) -> None:
+    for step, generation in ((100, 1), (200, 1), (150, 2), (200, 2)):
+        committed(run.checkpoints, step, generation)
+    lineage = [{"step": 100, "generation": 1}, {"step": 150, "generation": 2}]
+    run.status.write_bytes(orjson.dumps({"state": "training", "generation": 2, "checkpoints": lineage}))
+    listing = reports.list_checkpoints(run)
+    left = {(each.step, each.generation) for each in listing.checkpoints if each.abandoned}
+    assert left == {(200, 1)}, "(200, 2) is newer than the status"
+    assert [line.split()[0] for line in listing.text().splitlines() if "abandoned" in line] == ["200"]
+    run.status.write_bytes(b"half a sta")
+    assert not any(each.abandoned for each in reports.list_checkpoints(run).checkpoints)
+
+
 def test_quarantined_checkpoints_are_named(run: RunDirectory) -> None:
     committed(run.checkpoints, 100)
     read.quarantine(run.checkpoints / "step-00000100-g0001", "a flipped bit")
@@ -124,3 +137,15 @@ def test_a_ledger_that_does_not_add_up_names_samples() -> None:
     assert "PROBLEM: step 12: rank 3 is missing" in text
     assert text.splitlines()[-1] == "NOT EXACT"
     assert json.loads(json.dumps(reports.ledger_as_dict(report)))["exact"] is False
+
+
+def test_epochs_that_are_alike_share_a_row() -> None:
+    whole = [EpochReport(number, 1000, 1000, 0, 0, 0, False) for number in range(4)]
+    odd = EpochReport(4, 1000, 999, 0, 1, 0, False, (), (7,))
+    last = EpochReport(5, 1000, 200, 0, 0, 800, True)
+    rows = reports.ledger_text(ledger(epochs=(*whole, odd, last))).splitlines()[3:6]
+    assert [row.split() for row in rows] == [
+        ["0-3", "1000", "0", "0", "0", "each"],
+        ["4", "999", "0", "1", "0"],
+        ["5", "200", "0", "0", "800"],
+    ]

@@ -262,6 +262,14 @@ def test_of_a_plain_command_no_steps_are_shown(tmp_path: Path) -> None:
     assert next(line for line in text.splitlines() if line.startswith("  node2")).endswith("  2  3")
 
 
+def test_of_a_plain_command_the_last_line_is_all_that_is_known_of_its_failure(tmp_path: Path) -> None:
+    bug = Failure(FailureKind.EXIT, "exit status 1", Step(0), tail=("Traceback:", "ValueError: odd"))
+    scene = Scene(rules=replace(RULES, saves=False)).training(0).fail(1, bug)
+    _, text = scene.shown(tmp_path)
+    assert "#1 worker failed: rank 1 on node1: exit status 1" in text
+    assert "its last line: ValueError: odd" in text
+
+
 def test_incidents_that_are_not_shown_are_counted() -> None:
     scene = Scene().training(50).commit(40).fail(1, killed(50))
     (incident,) = scene.world.incidents
