@@ -236,6 +236,9 @@ def agent_command(config: Path, sets: tuple[str, ...], from_step: int | None) ->
 
     Not for people: srun starts it on every node of the job.
     """
+    from hpcft import keeper
+
+    keeper.hold_signals()
     from hpcft import node
 
     node.keep(_load(config, sets), from_step=from_step)

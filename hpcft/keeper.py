@@ -401,6 +401,11 @@ def _say(text: str) -> None:
             os.write(2, f"hpcft keeper: {text}\n".encode())
 
 
+def hold_signals() -> None:
+    """Until an agent can hear them: what Slurm says to a process that has just begun would end it, and be lost."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+
+
 def become(agent_argv: Sequence[str], *, slots: int, preload: Sequence[str] = (), orders: bytes = b"") -> NoReturn:
     """Go on as the keeper of this node, in a fresh interpreter with the same pid. Its exit status is the agent's.
 
@@ -408,7 +413,7 @@ def become(agent_argv: Sequence[str], *, slots: int, preload: Sequence[str] = ()
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    hold_signals()
     options = ["--slots", str(slots), "--orders", str(_sealed(orders)), *_preload_options(preload)]
     os.execv(sys.executable, [sys.executable, "-P", "-m", "hpcft.keeper", *options, "--", *agent_argv])
 

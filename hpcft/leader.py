@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol, assert_never
+from typing import Any, assert_never
 
 import orjson
 
@@ -57,14 +57,13 @@ from hpcft.events import (
     Start,
     StopAsked,
     TermBegan,
-    Termination,
-    TerminationAsked,
     Ticked,
     Verdict,
 )
 from hpcft.ids import Generation, NodeId, Rank, RunId, Step
 from hpcft.journal import PROGRESS_LINES_PER_SECOND, PROGRESS_SECONDS, Journal, Replayed
 from hpcft.membership import may_lead
+from hpcft.notices import JobControl, Notices
 from hpcft.operators import spooled
 from hpcft.page import LET_GO
 from hpcft.page import Order as SaveOrder
@@ -83,11 +82,7 @@ TICK_SECONDS = 0.1
 STATUS_SECONDS = 1.0
 DECISIONS_PER_EVENT = 64
 """Each decision changes the world so that the next differs; more than this in a row is a defect of the policy."""
-SAVING_SHARE = 0.6
-"""Of KillWait, for the last checkpoint; the rest is for its commit, the verdict and the agents' end."""
 JOURNAL_SECONDS = 10.0
-ENDING_SECONDS = 10.0
-"""Before the time limit everything of ours is over by this much."""
 REPEAT_SECONDS = 2.0
 """An ordered save that came too late for some rank is ordered again, further ahead, after this long."""
 SILENT_SLACK_SECONDS = 60.0
@@ -102,21 +97,6 @@ PLENTIFUL = NodeHeard | NodeReported | Progressed
 
 class SteppedDown(Exception):
     """This agent may no longer lead."""
-
-
-class JobControl(Protocol):
-    """What a leader asks of the resource manager: Slurm, or the local launcher."""
-
-    async def requeue(self) -> None:
-        """Raises HpcftError when refused."""
-
-    async def why_terminated(self) -> Termination: ...
-
-    async def seconds_left(self) -> float | None:
-        """Until the time limit, if there is one."""
-
-    async def kill_wait(self) -> float:
-        """Seconds between SIGTERM and SIGKILL."""
 
 
 View = Callable[[World, Rules, float], dict[str, Any]]
@@ -184,9 +164,8 @@ class Leader:
         """The last save is settled: its ranks were told to end."""
         self._pace = cadence.Pace()
         self._saved_at = self.now()
-        self._signals: set[str] = set()
+        self._notices = Notices(control, office.end_lead, self.feed, self._spawn)
         self._requeueing: asyncio.Task[None] | None = None
-        self._kill_wait: asyncio.Future[float]
         self._concluded: asyncio.Future[Verdict | SteppedDown] = self._loop.create_future()
         self._running: set[asyncio.Task[None]] = set()
         self._tasks: asyncio.TaskGroup | None = None
@@ -210,7 +189,7 @@ class Leader:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                self._kill_wait = asyncio.ensure_future(self._control.kill_wait())
+                self._spawn(self._notices.watch(), "notices")
                 self._spawn(self._tick(), "tick")
                 self._spawn(self._write_status(), "status")
                 self._spawn(self._open_store(), "store")
@@ -229,7 +208,7 @@ class Leader:
                 self.feed(office.checkpoints)
                 in_office()
                 outcome = await self._concluded
-                for task in (*self._running, self._kill_wait):
+                for task in self._running:
                     task.cancel()
             if isinstance(outcome, Verdict):  # else the status is the next leader's to write
                 await asyncio.to_thread(self._publish_status)
@@ -389,10 +368,7 @@ class Leader:
                 return {"error": f"unknown command {sorted(command)}"}
 
     def signalled(self, name: str, age: float) -> None:
-        """Slurm signals all agents at once; the first report of each signal is acted upon."""
-        if name not in self._signals:
-            self._signals.add(name)
-            self._spawn(self._ask_why(name, time.monotonic() - age), f"signal-{name}")
+        self._notices.signalled(name, age)
 
     def _welcome(self) -> Message:
         assert self._store is not None
@@ -401,7 +377,7 @@ class Leader:
                 "term": self._office.record.term,
                 "store_host": self._store.address[0],
                 "store_port": self._store.address[1],
-                "kill_wait": self._kill_wait.result() if self._kill_wait.done() else None,
+                "kill_wait": self._notices.known_kill_wait,
             }
         }
 
@@ -516,16 +492,6 @@ class Leader:
     def _tell_order(self, generation: Generation, order: SaveOrder) -> None:
         step = Step(order.save_at_step)
         self._broadcast(OrderSave(self._office.record.term, generation, step, order.stop_after_save))
-
-    async def _ask_why(self, name: str, came: float) -> None:
-        if name == "USR1":
-            left = await self._control.seconds_left()
-            seconds = self._office.end_lead - (time.monotonic() - came) if left is None else left
-            self.feed(TerminationAsked(Termination.TIME_LIMIT, max(1.0, seconds - ENDING_SECONDS)))
-            return
-        saving = await self._kill_wait * SAVING_SHARE
-        why = await self._control.why_terminated()
-        self.feed(TerminationAsked(why, max(0.5, came + saving - time.monotonic())))
 
     async def _requeue(self) -> None:
         await self._sync_journal()

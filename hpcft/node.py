@@ -44,9 +44,10 @@ from hpcft.events import CheckpointRef, CheckpointsFound, Event
 from hpcft.ids import Generation, Incarnation, NodeId, Step
 from hpcft.jobs import LocalJob
 from hpcft.lanes import end_process
-from hpcft.leader import JobControl, Leader, Office
+from hpcft.leader import Leader, Office
 from hpcft.logs import RotatingFile
 from hpcft.membership import Timing
+from hpcft.notices import JobControl
 from hpcft.policy import Rules
 from hpcft.ranks import Assignment, Ranks
 from hpcft.rundir import RunDirectory

@@ -86,11 +86,10 @@ class SlurmJob:
             return KILL_WAIT_SECONDS
 
     async def seconds_left(self) -> float | None:
-        """Until the time limit."""
-        end = self._allocation.end_time
-        if end is None:
-            try:
-                end = await control.end_time(self._allocation.job_id, limit=self._timeout)
-            except HpcftError as error:
-                log.warning("the end of the time limit is unknown: %s", error.message)
+        """Until the time limit as it is now; as it was at the start, where Slurm does not answer."""
+        try:
+            end = await control.end_time(self._allocation.job_id, limit=self._timeout)
+        except HpcftError as error:
+            end = self._allocation.end_time
+            log.warning("Slurm does not say when the time limit comes: %s", error.message)
         return None if end is None else end - time.time()

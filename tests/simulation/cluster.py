@@ -122,8 +122,12 @@ class Slurm:
         for name in self.nodes:
             machine = cluster.machines[name]
             agent = machine.agent
-            if agent is not None and machine.powered and name not in cluster.network.isolated:
+            if not machine.powered or name in cluster.network.isolated:
+                continue
+            if agent is not None:
                 agent.deliver(lambda agent=agent: agent.signalled(why))  # type: ignore[misc]
+            elif machine.keeper:
+                machine.signals.setdefault(why, machine.now())  # which holds it for the next agent
         if why is Termination.CANCELLED:
             cluster.clock.after(2 * LEAVE_SECONDS, lambda: self._killed(start))
 

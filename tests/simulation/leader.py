@@ -111,6 +111,7 @@ class SimulatedLeader:
             )
         )
         self.feed(found)
+        self._watch_limit()
         self._tick()
 
     # --- the loop ---
@@ -347,6 +348,15 @@ class SimulatedLeader:
                 self.feed(LeaseRenewed(term))
 
         self.agent.disk(write, renewed)
+
+    def _watch_limit(self) -> None:
+        """What `notices` does: the limit is near, and its warning came when no agent could hear it."""
+        slurm, limit = self.cluster.slurm, Termination.TIME_LIMIT
+        if slurm.to_end is limit and slurm.start == self.agent.start and limit not in self._signalled:
+            self._signalled.add(limit)
+            self.feed(TerminationAsked(limit, LEAVE_SECONDS / 2))
+        elif not self.gone:
+            self.agent.timer(LEAVE_SECONDS / 2, self._watch_limit)
 
     def _keep_cadence(self) -> None:
         world = self.world

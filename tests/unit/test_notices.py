@@ -1,0 +1,137 @@
+"""What becomes of Slurm's signals, and of a time limit of which no signal told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcft.errors import ExitCode
+from hpcft.events import Termination, TerminationAsked
+from hpcft.notices import Notices
+
+END_LEAD = 100.0
+
+
+class Job:
+    """A job with `left` seconds, as Slurm would say it one time after the other."""
+
+    def __init__(self, *left: float | None, kill_wait: float = 30.0) -> None:
+        self.left = list(left)
+        self._kill_wait = kill_wait
+
+    async def requeue(self) -> None:
+        raise AssertionError
+
+    async def why_terminated(self) -> Termination:
+        return Termination.CANCELLED
+
+    async def seconds_left(self) -> float | None:
+        return self.left.pop(0)
+
+    async def kill_wait(self) -> float:
+        return self._kill_wait
+
+
+class Scene:
+    def __init__(self, job: Job) -> None:
+        self.asked: list[TerminationAsked] = []
+        self.slept: list[float] = []
+        self.tasks: list[asyncio.Task[None]] = []
+        self.notices = Notices(job, END_LEAD, self.asked.append, self._spawn)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self.tasks.append(asyncio.create_task(work, name=name))
+
+    async def settle(self) -> list[tuple[Termination, float]]:
+        await asyncio.gather(*self.tasks)
+        return [(each.why, each.seconds_left) for each in self.asked]
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    found: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        found.append(seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hpcft.notices.asyncio.sleep", sleep)
+        yield found
+
+
+async def test_a_limit_without_a_warning_is_acted_upon_when_half_of_the_lead_is_left(slept: list[float]) -> None:
+    scene = Scene(Job(3600.0, 49.0))
+    await scene.notices.watch()
+    assert slept == [3550.0]
+    assert await scene.settle() == [(Termination.TIME_LIMIT, 39.0)]
+    scene.notices.signalled("USR1", 0.0)
+    assert len(await scene.settle()) == 1, "the warning comes after all"
+
+
+async def test_a_limit_that_was_moved_is_waited_for(slept: list[float]) -> None:
+    scene = Scene(Job(600.0, 3600.0, 50.0))
+    await scene.notices.watch()
+    assert slept == [550.0, 3550.0]
+    assert len(await scene.settle()) == 1
+
+
+async def test_a_warning_that_was_heard_is_enough(slept: list[float]) -> None:
+    scene = Scene(Job(600.0, 95.0, 40.0))
+    scene.notices.signalled("USR1", 1.0)
+    watching = asyncio.create_task(scene.notices.watch())
+    assert await scene.settle() == [(Termination.TIME_LIMIT, 590.0)]
+    await watching
+    assert len(scene.asked) == 1
+
+
+async def test_no_limit_is_never_reached(slept: list[float]) -> None:
+    scene = Scene(Job(None))
+    await scene.notices.watch()
+    assert (slept, scene.asked) == ([], [])
+
+
+async def test_a_warning_without_slurms_answer_leaves_what_was_asked_for() -> None:
+    scene = Scene(Job(None))
+    scene.notices.signalled("USR1", 20.0)
+    ((why, left),) = await scene.settle()
+    assert why is Termination.TIME_LIMIT
+    assert left == pytest.approx(END_LEAD - 20.0 - 10.0, abs=5.0)
+
+
+async def test_sigterm_leaves_a_share_of_kill_wait_and_is_acted_upon_once() -> None:
+    scene = Scene(Job(None, kill_wait=100.0))
+    assert scene.notices.known_kill_wait is None
+    await scene.notices.watch()
+    assert scene.notices.known_kill_wait == 100.0
+    scene.notices.signalled("TERM", 10.0)
+    scene.notices.signalled("TERM", 0.0)
+    ((why, left),) = await scene.settle()
+    assert why is Termination.CANCELLED
+    assert left == pytest.approx(50.0, abs=5.0)
+
+
+def test_a_signal_that_comes_while_an_agent_starts_does_not_end_it(tmp_path: Path) -> None:
+    """Slurm's warning can come with the start, if the limit is short: an ordinary process would die of it."""
+    config = tmp_path / "config.toml"
+    os.mkfifo(config)  # whoever reads it waits
+    agent = subprocess.Popen([sys.executable, "-m", "hpcft", "agent", str(config)], stderr=subprocess.PIPE, text=True)
+    try:
+        with config.open("w") as file:  # it is reading now
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                agent.send_signal(number)
+            time.sleep(0.1)
+            assert agent.poll() is None
+            file.write("[nonsense]\n")
+        _, said = agent.communicate(timeout=60)
+        assert agent.returncode == ExitCode.USAGE, said
+    finally:
+        agent.kill()
