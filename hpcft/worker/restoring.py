@@ -16,7 +16,7 @@ from hpcft.checkpoint.load import load
 from hpcft.checkpoint.read import UnreadableError
 from hpcft.checkpoint.tree import unflatten
 from hpcft.errors import DamagedError, HpcftError, UsageError
-from hpcft.ids import Step
+from hpcft.ids import RunId, Step
 from hpcft.worker.saving import OWN, Stateful
 
 _SHOWN = 5
@@ -27,14 +27,14 @@ class RestoreError(UsageError):
     """The checkpoint is sound, and its state is not that of the objects given to `run.restore`."""
 
 
-def put_back(directory: Path, objects: Mapping[str, Stateful]) -> Step:
-    """Load the checkpoint into the objects; returns its step.
+def put_back(directory: Path, objects: Mapping[str, Stateful], run: RunId | None) -> Step:
+    """Load the checkpoint of the run into the objects; returns its step.
 
-    CheckpointDamagedError, NotFoundError: it cannot be used. UnreadableError: not from here. RestoreError: it is one of
-    other objects.
+    CheckpointDamagedError, NotFoundError: it cannot be used, or is another run's. UnreadableError: not from here.
+    RestoreError: it is one of other objects.
     """
     try:
-        loaded = load(directory)
+        loaded = load(directory, run=run)
     except OSError as error:
         raise UnreadableError(f"{directory} cannot be read: {error.strerror or error}") from error
     state = unflatten(loaded)

@@ -201,7 +201,7 @@ class Run:
             raise UsageError("run.restore was given more than one hpcft.data.Data", "a run trains on one of them")
         if self._spec.restore is not None:
             try:
-                self._step = put_back(self._spec.restore.directory, found)
+                self._step = put_back(self._spec.restore.directory, found, self._spec.run)
             except (CheckpointDamagedError, NotFoundError) as error:
                 raise Unusable(error.message) from error
             except UnreadableError as error:

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from hpcft.errors import HpcftError, UsageError
-from hpcft.ids import Generation, Rank, Step
+from hpcft.ids import Generation, Rank, RunId, Step
 
 SPEC_VARIABLE = "HPCFT_WORKER_SPEC"
 
@@ -50,6 +50,8 @@ class WorkerSpec:
     local_rank: int = 0
     generation: Generation = Generation(0)
     nonce: str = ""
+    run: RunId | None = None
+    """Which run this is; None: alone."""
     run_directory: Path | None = None
     """None: alone, without a run directory: nothing is saved."""
     store: tuple[str, int] | None = None
@@ -91,6 +93,7 @@ class WorkerSpec:
                 local_rank=int(spec["local_rank"]),
                 generation=Generation(int(spec["generation"])),
                 nonce=str(spec["nonce"]),
+                run=RunId(str(spec["run_id"])),
                 run_directory=Path(spec["run_dir"]),
                 store=(str(spec["master_addr"]), int(spec["master_port"])),
                 store_prefix=str(spec["store_prefix"]),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import orjson
 import pytest
@@ -21,6 +22,7 @@ SPEC = {
 def test_what_the_agent_says_is_understood() -> None:
     spec = WorkerSpec.parse(orjson.dumps({**SPEC, "page_fd": 8, "control_fd": 9, "unknown": 1}))
     assert (spec.rank, spec.world_size, spec.generation, spec.nonce) == (2, 4, 3, "00ff")
+    assert (spec.run, spec.run_directory) == ("a", Path("/r/a"))
     assert spec.store == ("10.0.0.2", 4000)
     assert spec.restore is not None
     assert (spec.restore.step, spec.restore.directory.name) == (7, "step-00000007-g0002")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from hpcft.worker import group
 from hpcft.worker.link import Link
 from hpcft.worker.replicas import Replica
 from hpcft.worker.restoring import RestoreError, put_back
+from hpcft.worker.run import Run, Unusable
 from hpcft.worker.saving import Saving, named
-from hpcft.worker.spec import WorkerSpec
+from hpcft.worker.spec import Restore, WorkerSpec
 
 torch.set_num_threads(1)
 
@@ -40,6 +41,11 @@ class Bench:
     page: NodePage
     channel: socket.socket
     saving: Saving
+    spec: WorkerSpec
+
+    @property
+    def run(self) -> RunId:
+        return self.directory.run_id()
 
     def said(self) -> list[dict[str, Any]]:
         found = []
@@ -55,7 +61,7 @@ class Bench:
         (message,) = self.said()
         assert message["kind"] == "shard", message
         report = ShardReport.parse(message["report"])
-        facts = Facts(RunId(self.directory.run_id()), Term(1), None, 0.0)
+        facts = Facts(self.run, Term(1), None, 0.0)
         return commit(self.directory.checkpoints, [report], facts).directory
 
 
@@ -69,12 +75,13 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     spec = WorkerSpec(
         generation=Generation(4),
         nonce="00aa",
+        run=directory.run_id(),
         run_directory=directory.path,
         page_fd=page.fd,
         control_fd=theirs.fileno(),
     )
     with ours, theirs:
-        yield Bench(directory, page, ours, Saving(spec, Link(spec)))
+        yield Bench(directory, page, ours, Saving(spec, Link(spec)), spec)
     page.close()
 
 
@@ -127,7 +134,7 @@ def test_everything_comes_back_as_it_was(bench: Bench) -> None:
         "own": Counted(),
     }
     others["own"].state = None
-    assert put_back(path, named(others)) == 3
+    assert put_back(path, named(others), bench.run) == 3
     assert same(fresh.state_dict(), model.state_dict())
     assert others["own"].state == counted.state
     assert others["data"].position.offset == 3
@@ -139,6 +146,21 @@ def test_everything_comes_back_as_it_was(bench: Bench) -> None:
     assert manifest.position == data.state_dict()
 
 
+def test_another_runs_checkpoint_is_not_trained_from(bench: Bench) -> None:
+    path = bench.save(2, model=network())
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def restored_by(run: RunId) -> int:
+        spec = replace(bench.spec, run=run, restore=Restore(Step(2), path))
+        return Run(spec, Link(spec), torch.device("cpu"), {}).restore(model=model)
+
+    with pytest.raises(Unusable, match=f"manifest.json: it belongs to run {bench.run}, not to another"):
+        restored_by(RunId("another"))
+    assert same(model.state_dict(), before)
+    assert restored_by(bench.run) == 2
+
+
 def test_a_state_does_not_depend_on_wrappers(bench: Bench) -> None:
     model = network()
     group.form(WorkerSpec(), torch.device("cpu"))
@@ -148,7 +170,7 @@ def test_a_state_does_not_depend_on_wrappers(bench: Bench) -> None:
     finally:
         group.leave()
     plain = network()
-    put_back(path, named({"model": plain}))
+    put_back(path, named({"model": plain}), bench.run)
     assert same(plain.state_dict(), model.state_dict())
 
 
@@ -181,7 +203,8 @@ def test_parameters_are_shared_out_and_the_rest_is_rank_0s(tmp_path: Path) -> No
     assert any(name.startswith("model.") for name in by_rank[3] | by_rank[2])
     assert any(name.startswith("optimizer.") for name in by_rank[3] | by_rank[2])
     fresh, own = network(), Counted()
-    put_back(path, named({"model": fresh, "optimizer": torch.optim.Adam(fresh.parameters()), "own": own}))
+    objects = named({"model": fresh, "optimizer": torch.optim.Adam(fresh.parameters()), "own": own})
+    put_back(path, objects, directory.run_id())
     assert same(fresh.state_dict(), models[0].state_dict())
     assert own.state.tolist() == [0, 0, 0]
 
@@ -208,7 +231,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_nothing_is_touched(ben
 
     def refused(**objects: Any) -> str:
         with pytest.raises(RestoreError) as caught:
-            put_back(path, named(objects))
+            put_back(path, named(objects), bench.run)
         assert "step-00000002-g0004" in caught.value.message
         assert caught.value.hint
         return caught.value.message
