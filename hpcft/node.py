@@ -41,7 +41,7 @@ from hpcft.errors import (
     UsageError,
 )
 from hpcft.events import CheckpointRef, CheckpointsFound, Event
-from hpcft.ids import Generation, Incarnation, NodeId, Step
+from hpcft.ids import Generation, Incarnation, NodeId, RunId, Step
 from hpcft.jobs import LocalJob
 from hpcft.lanes import end_process
 from hpcft.leader import Leader, Office
@@ -196,7 +196,7 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
 
     async def lead(record: TermRecord, leaderless: float) -> Leader:
         await asyncio.to_thread(durable.replace, directory.config, config.to_json())
-        replayed, found = await asyncio.to_thread(read_history, directory, allocation, orders.from_step)
+        replayed, found = await asyncio.to_thread(read_history, directory, run, allocation, orders.from_step)
         office = Office(
             run=run,
             directory=directory,
@@ -222,7 +222,7 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
 
 
 def read_history(
-    directory: RunDirectory, allocation: Allocation, from_step: Step | None
+    directory: RunDirectory, run: RunId, allocation: Allocation, from_step: Step | None
 ) -> tuple[journal.Replayed, CheckpointsFound]:
     """What earlier terms left, and the checkpoints that this one may start from. Blocks on the file system.
 
@@ -235,7 +235,7 @@ def read_history(
     replayed = journal.replay(directory.journal)
     before = replayed.world
     on_disk = checkpoint_read.entries(directory.checkpoints)
-    lineage = _lineage(before, on_disk)
+    lineage = _lineage(before, on_disk, run)
     branch = f"--from {from_step} of job {allocation.job_id}"
     began_at = directory.branch_began_at(allocation.job_id)
     # the journal may have lost its end, but not what was committed on the branch since
@@ -257,7 +257,7 @@ def read_history(
     return replayed, CheckpointsFound(tuple(lineage))
 
 
-def _lineage(before: World, on_disk: Sequence[CheckpointEntry]) -> list[CheckpointRef]:
+def _lineage(before: World, on_disk: Sequence[CheckpointEntry], run: RunId) -> list[CheckpointRef]:
     """What this term may start from, oldest first.
 
     The journal's last leader may have committed more than it could write down: it died, or the disk was full. Nobody
@@ -274,9 +274,9 @@ def _lineage(before: World, on_disk: Sequence[CheckpointEntry]) -> list[Checkpoi
     for entry in reversed(on_disk):
         if (entry.generation, entry.step) <= last:
             break
-        manifest = _manifest(entry)
+        manifest = _manifest(entry, run)
         if manifest is None or manifest.term < before.term:
-            continue  # damaged, or a deposed leader's
+            continue  # damaged, another run's, or a deposed leader's
         name = checkpoint_name(entry.step, entry.generation)
         if not unwritten or name == parent:
             unwritten.insert(0, CheckpointRef(entry.step, entry.generation))
@@ -290,9 +290,9 @@ def _lineage(before: World, on_disk: Sequence[CheckpointEntry]) -> list[Checkpoi
     return [*(each for each in known if each.step <= step and each.generation <= generation), *unwritten]
 
 
-def _manifest(entry: CheckpointEntry) -> Manifest | None:
+def _manifest(entry: CheckpointEntry, run: RunId) -> Manifest | None:
     try:
-        return checkpoint_read.read_manifest(entry.directory)[0]
+        return checkpoint_read.read_manifest(entry.directory, run)[0]
     except (CheckpointDamagedError, NotFoundError) as error:
         log.warning("%s is passed over: %s", entry.directory.name, error.message)
         return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from checkpoint_samples import facts, save, training_state
 
-from hpcft.checkpoint.commit import Facts, commit
+from hpcft.checkpoint.commit import commit
 from hpcft.checkpoint.layout import checkpoint_name
 from hpcft.checkpoint.tree import flatten
 from hpcft.errors import DamagedError, NotFoundError
@@ -44,11 +45,17 @@ def ref(step: int, generation: int) -> CheckpointRef:
     return CheckpointRef(Step(step), Generation(generation))
 
 
-def on_disk(run: RunDirectory, step: int, generation: int, term: int, parent: CheckpointRef | None = None) -> None:
+def on_disk(
+    run: RunDirectory,
+    step: int,
+    generation: int,
+    term: int,
+    parent: CheckpointRef | None = None,
+    of: RunId | None = None,
+) -> None:
     name = checkpoint_name(parent.step, parent.generation) if parent is not None else None
-    known = facts(name)
     reports = save(run.checkpoints, flatten(training_state(step)), step, generation, 1)
-    commit(run.checkpoints, reports, Facts(run=known.run, term=Term(term), parent=name, created=known.created))
+    commit(run.checkpoints, reports, replace(facts(name, of or run.run_id()), term=Term(term)))
 
 
 def ran(generation: int, *steps: int) -> tuple[Event, ...]:
@@ -82,7 +89,7 @@ def start(job: str = "7", restarts: int = 0) -> Allocation:
 
 def found(run: RunDirectory, job: str = "7", restarts: int = 0, from_step: int | None = None) -> CheckpointsFound:
     step = Step(from_step) if from_step is not None else None
-    return read_history(run, start(job, restarts), step)[1]
+    return read_history(run, run.run_id(), start(job, restarts), step)[1]
 
 
 def steps(checkpoints: Sequence[CheckpointRef]) -> list[tuple[int, int]]:
@@ -106,6 +113,19 @@ async def test_a_deposed_leaders_commit_is_no_progress(run: RunDirectory) -> Non
     await journaled(run, 2, CheckpointsFound((ref(10, 1),)))
     on_disk(run, 20, 1, 1, ref(10, 1))
     assert steps(found(run).checkpoints) == [(10, 1)]
+
+
+async def test_another_runs_checkpoint_is_passed_over_with_a_word(
+    run: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_disk(run, 10, 1, 1)
+    await journaled(run, 1, *ran(1, 10))
+    on_disk(run, 20, 1, 1, ref(10, 1))
+    on_disk(run, 30, 1, 1, ref(20, 1), of=RunId("another"))
+    assert steps(found(run).checkpoints) == [(10, 1), (20, 1)]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("step-00000030-g0001 is passed over: ")
+    assert f"it belongs to run another, not to {run.run_id()}" in said
 
 
 async def test_the_ancestor_may_be_retired(run: RunDirectory) -> None:
