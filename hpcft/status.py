@@ -238,9 +238,9 @@ def goodput(status: Mapping[str, Any]) -> str:
     elapsed = human_duration(status["elapsed_seconds"])
     if status["goodput"] is None:
         return f"unknown, {elapsed} in all"
-    seconds = status["seconds"]
+    seconds = status.get("seconds") or {}  # an earlier version's file does not say it
     lost = [("repeated steps", "repeated"), ("recovery", "recovery"), ("start-up and leaving", "other")]
-    rest = ", ".join(f"{name} {human_duration(seconds[key])}" for name, key in lost if seconds[key] >= 0.05)
+    rest = ", ".join(f"{name} {human_duration(seconds[key])}" for name, key in lost if seconds.get(key, 0.0) >= 0.05)
     return f"{status['goodput']:.1%} of {elapsed}" + (f" ({rest})" if rest else "")
 
 
@@ -314,8 +314,9 @@ def _incident_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
             after = "training went on"
         else:
             after = f"{down:.2f} s down" + (f", {counted(lost, 'step')} lost" if lost is not None else "")
-        if incident["times"] > 1:
-            after = f"{incident['times']} times, the latest; {after}"
+        times = incident.get("times", 1)
+        if times > 1:
+            after = f"{times} times, the latest; {after}"
         what = f"#{incident['number']} {incident['cause']}: {incident['culprit']} ({after})"
         yield from _wrapped(what, width, 2, hang=3)
         if incident["reason"]:

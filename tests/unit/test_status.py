@@ -280,6 +280,19 @@ def test_incidents_that_are_not_shown_are_counted() -> None:
     assert "#2 " not in text and "#3 " in text and "#7 " in text
 
 
+def test_what_an_earlier_version_left_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
+    scene = Scene().training(50).commit(40).fail(1, killed(50)).acknowledge().train(41, seconds=0.4)
+    snapshot, _ = scene.shown(tmp_path)
+    for added in ("seconds", "plain_command"):
+        del snapshot[added]
+    for incident in snapshot["incidents"]:
+        del incident["times"]
+    durable.replace(RunDirectory(tmp_path / "demo").status, orjson.dumps(snapshot))
+    text = status.render(status.read(RunDirectory(tmp_path / "demo")), COLUMNS)
+    assert re.search(r"goodput     \d+\.\d% of [\d.]+m?s$", text, re.MULTILINE), text
+    assert "#1 worker failed: rank 1 on node1: SIGKILL (0.70 s down, 10 steps lost)" in text
+
+
 def test_an_incident_from_its_beginning_to_its_end(tmp_path: Path) -> None:
     scene = Scene().training(50).commit(40).fail(1, killed(50))
     found, text = scene.shown(tmp_path)
