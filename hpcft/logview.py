@@ -169,7 +169,10 @@ def _tail(path: Path, count: int, end: int | None) -> list[str]:
             position -= size
             file.seek(position)
             text = file.read(size) + text
-    return [_decoded(line) for line in text.splitlines()[-count:]]
+    lines = text.split(b"\n")  # not splitlines: to a progress bar, "\r" ends no line
+    if not lines[-1]:
+        lines.pop()
+    return [_decoded(line) for line in lines[-count:]]
 
 
 def _decoded(line: bytes) -> str:

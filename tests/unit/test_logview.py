@@ -70,6 +70,13 @@ def test_bytes_that_are_not_text_and_a_last_line_without_an_end(run: RunDirector
     assert [line.content for line in logview.read(run)] == ["caf\ufffd", "no end"]
 
 
+def test_a_progress_bar_is_one_line(run: RunDirectory) -> None:
+    bar = "\r".join(f"{percent}%" for percent in range(101))
+    write(run, "node1/agent.log", f"begin\n{bar}\nend\n")
+    assert [line.content for line in logview.read(run, lines=2)] == [bar, "end"]
+    assert [line.content for line in logview.read(run, lines=3)] == ["begin", bar, "end"]
+
+
 def test_as_json_a_line_says_whose_it_is(run: RunDirectory) -> None:
     write(run, "node1/agent.log", "hello\n")
     write(run, "node2/g0007-rank0012.log", "loss 1.5\n")
