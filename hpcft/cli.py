@@ -109,6 +109,13 @@ _from_option = click.option(
     metavar="STEP",
     help="Start from the checkpoint of this step, as a new branch, instead of the newest.",
 )
+
+
+def _expanded(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
+    """As in the configuration: no shell has seen what an environment variable or `--root=~/runs` says."""
+    return path.expanduser()
+
+
 _run_argument = click.argument("run", required=False, shell_complete=_complete_run)
 _root_option = click.option(
     "--root",
@@ -117,6 +124,7 @@ _root_option = click.option(
     show_default=True,
     envvar="HPCFT_RUN__ROOT",
     show_envvar=True,
+    callback=_expanded,
     help="Where the run directories are.",
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document instead of text.")

@@ -237,6 +237,15 @@ def test_a_run_is_named_by_its_directory_its_root_or_its_configuration(tmp_path:
     assert json.loads(done.stdout)["name"] == "mine"
 
 
+def test_the_root_may_begin_with_the_users_home(tmp_path: Path) -> None:
+    make_run(tmp_path / "elsewhere", "mine")
+    home = {"HOME": str(tmp_path)}
+    for arguments, root in ((["--root=~/elsewhere"], {}), ([], {"HPCFT_RUN__ROOT": "~/elsewhere"})):
+        done = hpcft("status", "--json", *arguments, cwd=tmp_path, environment={**home, **root})
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["name"] == "mine"
+
+
 def test_a_configuration_whose_run_has_not_started_says_how_to_start_it(tmp_path: Path) -> None:
     (tmp_path / "new.toml").write_text('[run]\nname = "new"\n[job]\nscript = "x.py"\n')
     done = hpcft("status", "new.toml", cwd=tmp_path)
