@@ -34,7 +34,9 @@ def judge_python(facts: PythonFacts) -> Iterator[Finding]:
         if version is None or version_number(version) < version_number(minimum)
     ]
     if wrong:
-        yield Finding("fail", "packages", ", ".join(wrong), "pip install -c constraints.txt hpcft")
+        yield Finding(
+            "fail", "packages", ", ".join(wrong), "in the checkout of hpcft: pip install -e . -c constraints.txt"
+        )
     elif facts.requirements:
         yield Finding("ok", "packages", ", ".join(f"{name} {version}" for name, _, version in facts.requirements))
 

@@ -83,6 +83,12 @@ def test_python_and_its_packages(facts: PythonFacts, grades: dict[str, str]) -> 
     troubles(findings)
 
 
+def test_what_is_missing_is_installed_as_hpcft_was_from_its_checkout() -> None:
+    findings = list(rules.judge_python(python(requirements=(("click", "8.1", None),))))
+    (advice,) = [each.advice for each in findings if each.grade == "fail"]
+    assert "checkout" in advice and "pip install -e . -c constraints.txt" in advice
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [("2.13.0+cpu", (2, 13, 0)), ("23.02.6-1", (23, 2, 6)), ("2.9.0a0+git1", (2, 9, 0)), ("unknown", ())],
