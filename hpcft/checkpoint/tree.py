@@ -316,7 +316,7 @@ def _decode(value: Json, tensors: Mapping[str, Tensor]) -> Any:
             array = _decode(leaf, tensors).numpy()
             return array.astype(np.dtype(kind), copy=False)
         case {"numpy": [str() as kind, str() as text]}:
-            return np.frombuffer(bytes.fromhex(text), np.dtype(kind))[0]
+            return _decode_scalar(np.dtype(kind), bytes.fromhex(text))
         case {"int": str() as text}:
             return int(text, 16)
         case {"float": _}:
@@ -334,6 +334,16 @@ def _decode(value: Json, tensors: Mapping[str, Tensor]) -> Any:
         case {"device": str() as text}:
             return torch.device(text)
     raise ValueError(f"unknown kind of value {sorted(value)}")
+
+
+def _decode_scalar(dtype: np.dtype[Any], data: bytes) -> Any:
+    data = data[: dtype.itemsize]  # of an empty text, numpy gives out a zero as its bytes
+    match dtype.kind:  # frombuffer would refuse it, and lose zeros at the end of others
+        case "S":
+            return np.bytes_(data)
+        case "U":
+            return np.str_(data.decode("utf-32-be" if dtype.str[0] == ">" else "utf-32-le", "surrogatepass"))
+    return np.frombuffer(data, dtype)[0]
 
 
 def _decode_tensor(name: str, true: Json, tensors: Mapping[str, Tensor]) -> Tensor:
