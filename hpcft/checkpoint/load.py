@@ -8,7 +8,7 @@ What does not match its digest raises before anything is returned: no caller see
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
@@ -22,30 +22,25 @@ from hpcft.checkpoint.read import chunk_damage, damage_of, read_chunk, read_mani
 from hpcft.checkpoint.tree import DTYPES, FlatState
 from hpcft.checkpoint.write import raw
 from hpcft.durable import CHUNK_BYTES
-from hpcft.errors import NotFoundError
 from hpcft.ids import RunId
 
 
-def load(directory: Path, *, names: Collection[str] | None = None, run: RunId | None = None) -> FlatState:
-    """The state of a committed checkpoint, on the CPU; with `names`, of its tensors only these.
+def load(directory: Path, *, run: RunId | None = None) -> FlatState:
+    """The state of a committed checkpoint, on the CPU.
 
-    Every chunk that is read is verified. CheckpointDamagedError: the file, the chunk and the tensors it costs.
-    NotFoundError: no such checkpoint, or no such tensor in it.
+    Every byte is verified. CheckpointDamagedError: the file, the chunk and the tensors it costs; or it is not one of
+    `run`. NotFoundError: no such checkpoint.
     """
     manifest, _ = read_manifest(directory, run)
-    index = manifest.tensors()
-    wanted = index.keys() if names is None else set(names)
-    if unknown := sorted(wanted - index.keys()):
-        raise NotFoundError(f"{directory.name} has no tensor {unknown[0]!r}", "`hpcft ckpt show` lists them")
     tensors = {
-        name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]) for name, tensor in index.items() if name in wanted
+        name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]) for name, tensor in manifest.tensors().items()
     }
     values = b""
     for entry in manifest.files:
         if entry.name == STATE:
             values = _read_whole(directory, entry)
         else:
-            _read_pieces(directory, entry, tensors, everything=names is None)
+            _read_pieces(directory, entry, tensors)
     try:
         state = orjson.loads(values)["state"]
     except (ValueError, KeyError, TypeError) as error:
@@ -59,21 +54,19 @@ def _read_whole(directory: Path, entry: FileEntry) -> bytes:
     return bytes(data)
 
 
-def _read_pieces(directory: Path, entry: FileEntry, tensors: dict[str, Tensor], *, everything: bool) -> None:
+def _read_pieces(directory: Path, entry: FileEntry, tensors: dict[str, Tensor]) -> None:
     spans: list[tuple[int, int, memoryview]] = []
     detours: list[tuple[Tensor, Tensor]] = []
     for item in entry.tensors:
-        tensor = tensors.get(item.piece.name)
-        if tensor is None or item.begin == item.end:
+        if item.begin == item.end:
             continue
-        place = _place(tensor, item)
+        place = _place(tensors[item.piece.name], item)
         if not place.is_contiguous():
             detour = torch.empty_like(place, memory_format=torch.contiguous_format)
             detours.append((place, detour))
             place = detour
         spans.append((item.begin, item.end, raw(place)))
-    if spans or everything:
-        _read(directory, entry, spans, everything=everything)
+    _read(directory, entry, spans)
     for place, detour in detours:
         place.copy_(detour)
 
@@ -84,9 +77,7 @@ def _place(tensor: Tensor, item: Placed) -> Tensor:
     return tensor
 
 
-def _read(
-    directory: Path, entry: FileEntry, spans: list[tuple[int, int, memoryview]], *, everything: bool = True
-) -> None:
+def _read(directory: Path, entry: FileEntry, spans: list[tuple[int, int, memoryview]]) -> None:
     """Fills each span (begin, end, memory) from the file; bytes outside of all spans are only verified."""
     scratch = memoryview(bytearray(min(CHUNK_BYTES, entry.size)))
     try:
@@ -94,11 +85,10 @@ def _read(
         try:
             if damage := stat_damage(entry, os.fstat(fd)):
                 raise CheckpointDamagedError(directory, damage)
-            for chunk, buffers, useful in _scatter(entry, spans, scratch):
-                if useful or everything:
-                    length = read_chunk(fd, buffers, chunk * CHUNK_BYTES)
-                    if found := chunk_damage(entry, chunk, length, buffers):
-                        raise CheckpointDamagedError(directory, found)
+            for chunk, buffers in _scatter(entry, spans, scratch):
+                length = read_chunk(fd, buffers, chunk * CHUNK_BYTES)
+                if found := chunk_damage(entry, chunk, length, buffers):
+                    raise CheckpointDamagedError(directory, found)
         finally:
             os.close(fd)
     except OSError as error:
@@ -107,13 +97,12 @@ def _read(
 
 def _scatter(
     entry: FileEntry, spans: list[tuple[int, int, memoryview]], scratch: memoryview
-) -> Iterator[tuple[int, list[memoryview], bool]]:
-    """For each chunk of the file: where its bytes go, in order, and whether any of them is wanted."""
+) -> Iterator[tuple[int, list[memoryview]]]:
+    """For each chunk of the file: where its bytes go, in order."""
     position = 0
     for chunk in range(len(entry.digests)):
         reached, end = chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, entry.size)
         buffers: list[memoryview] = []
-        useful = False
         spare = 0
         while reached < end:
             while position < len(spans) and spans[position][1] <= reached:
@@ -128,6 +117,5 @@ def _scatter(
             else:
                 part = memory[reached - begin : min(stop, end) - begin]
                 buffers.append(part)
-                useful = True
                 reached += len(part)
-        yield chunk, buffers, useful
+        yield chunk, buffers

@@ -8,8 +8,7 @@ one left, so a crash costs nothing.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from hpcft.checkpoint.layout import MARKS, TRASH, CheckpointEntry, parse_name, p
 from hpcft.ids import Generation, Step
 
 PER_SECOND = 200.0
-"""Files unlinked."""
+"""Files unlinked, by whoever empties the trash."""
 
 
 def retire(
@@ -82,20 +81,11 @@ def discard(root: Path, name: str, nonce: str) -> None:
     put_into_trash(root, [staging_name(name, nonce)])
 
 
-def sweep(
-    root: Path, names: Sequence[str], per_second: float = PER_SECOND, pause: Callable[[float], None] = time.sleep
-) -> None:
-    """Deletes checkpoints, or unfinished ones, by name, and whatever is still in the trash.
-
-    Names that are not there are passed over. `per_second` limits the files unlinked.
-    """
-    put_into_trash(root, names)
-    for _ in emptying(root):
-        pause(1 / per_second)
-
-
 def put_into_trash(root: Path, names: Sequence[str]) -> None:
-    """Takes them out of sight, into the trash: a few renames, however large they are."""
+    """Takes them out of sight, into the trash: a few renames, however large they are.
+
+    Those that are not there are passed over.
+    """
     if not names:
         return
     trash = root / TRASH

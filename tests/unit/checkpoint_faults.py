@@ -16,14 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from checkpoint_samples import NONCE, committed, facts, latest_flaw, same_tensors, save, training_state
+from checkpoint_samples import NONCE, committed, facts, latest_flaw, same_tensors, save, sweep, training_state
 from system_calls import interrupted
 
 from hpcft.checkpoint.commit import CommitError, commit
 from hpcft.checkpoint.layout import parse_name
 from hpcft.checkpoint.load import load
 from hpcft.checkpoint.read import entries, verify
-from hpcft.checkpoint.retention import retire, stale, sweep
+from hpcft.checkpoint.retention import retire, stale
 from hpcft.checkpoint.tree import flatten
 from hpcft.checkpoint.write import SaveError
 from hpcft.ids import Generation
@@ -37,7 +37,7 @@ def live(root: Path, failures: list[str]) -> None:
         done = commit(root, save(root, state, 2, world_size=2), facts("step-00000001-g0001"))
         if done.latest_failure:
             failures.append(done.latest_failure)
-        sweep(root, retire(entries(root), 1, None, frozenset()), pause=lambda seconds: None)
+        sweep(root, retire(entries(root), 1, None, frozenset()))
     except (SaveError, CommitError, OSError) as error:
         failures.append(str(error))
 
@@ -70,7 +70,7 @@ def check(root: Path, context: str) -> str:
     flaw = latest_flaw(root)
     assert not flaw or "is not there" in flaw, f"{context}: {flaw}"
     # The next generation cleans up, and saves the same step anew.
-    sweep(root, stale(root, Generation(2)), pause=lambda seconds: None)
+    sweep(root, stale(root, Generation(2)))
     left = {path.name for path in root.iterdir()} - {"LATEST", ".trash"}
     assert all(parse_name(name) for name in left), f"{context}: {left}"
     assert not any((root / ".trash").iterdir()) if (root / ".trash").exists() else True, context

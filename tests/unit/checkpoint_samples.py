@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +15,7 @@ from hpcft.checkpoint.commit import Committed, Facts, commit
 from hpcft.checkpoint.layout import MARKS, checkpoint_name
 from hpcft.checkpoint.manifest import ShardReport
 from hpcft.checkpoint.read import read_latest, read_manifest
+from hpcft.checkpoint.retention import emptying, put_into_trash
 from hpcft.checkpoint.tree import FlatState, flatten
 from hpcft.checkpoint.write import save_share
 from hpcft.errors import NotFoundError
@@ -87,6 +88,12 @@ def pin(root: Path, name: str) -> None:
     """As an operator does it."""
     (root / MARKS).mkdir(exist_ok=True)
     (root / MARKS / f"{name}.pinned").touch()
+
+
+def sweep(root: Path, names: Sequence[str]) -> int:
+    """Deletes them, and what else is in the trash, as the leader's threads do it; returns how many files."""
+    put_into_trash(root, names)
+    return sum(1 for _ in emptying(root))
 
 
 def latest_flaw(root: Path) -> str:

@@ -111,29 +111,6 @@ def test_damage_names_file_chunk_and_tensors(large: Path) -> None:
             flip(path, place * 8)
 
 
-def test_loads_only_what_is_asked_for(large: Path) -> None:
-    flat = load(large)
-    some = load(large, names={"t1", "many.7", "wide"})
-    assert set(some.tensors) == {"t1", "many.7", "wide"}
-    assert all(bits(tensor) == bits(flat.tensors[name]) for name, tensor in some.tensors.items())
-    # A damage elsewhere does not matter, one in a chunk that is read does.
-    manifest, _ = read_manifest(large)
-    (home,) = [e for e in manifest.files if any(i.piece.name == "t1" for i in e.tensors)]
-    (item,) = [i for i in home.tensors if i.piece.name == "t1"]
-    chunks = range(item.begin // CHUNK_BYTES, (item.end - 1) // CHUNK_BYTES + 1)
-    for chunk in range(3):
-        place = (chunk * CHUNK_BYTES + 6_000_000) * 8
-        flip(large / home.name, place)
-        if chunk in chunks:
-            with pytest.raises(CheckpointDamagedError):
-                load(large, names=["t1"])
-        else:
-            assert torch.equal(load(large, names=["t1"]).tensors["t1"], flat.tensors["t1"])
-        flip(large / home.name, place)
-    with pytest.raises(NotFoundError, match="no tensor 'nobody'"):
-        load(large, names=["nobody"])
-
-
 @ALONE
 def test_pieces_cut_in_any_dimension_are_put_together(tmp_path: Path) -> None:
     """What sharded optimizers write: here one shard is written by hand, cut into columns."""

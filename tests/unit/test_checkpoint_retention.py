@@ -3,14 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checkpoint_samples import NONCE, committed, listing, pin, save, training_state
+from checkpoint_samples import NONCE, committed, listing, pin, save, sweep, training_state
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.checkpoint.layout import MARKS, CheckpointEntry, checkpoint_name, staging_name
 from hpcft.checkpoint.marks import pinned
 from hpcft.checkpoint.read import entries
-from hpcft.checkpoint.retention import discard, retire, stale, sweep
+from hpcft.checkpoint.retention import discard, retire, stale
 from hpcft.checkpoint.tree import flatten
 from hpcft.ids import Generation, Step
 from tests.search import sampled
@@ -65,7 +65,7 @@ def test_never_everything_and_never_the_newest(
     assert retire([e for e in held if e.name in left], keep, keep_every, protected) == ()
 
 
-def test_sweep_deletes_slowly_and_finishes_what_was_begun(tmp_path: Path) -> None:
+def test_what_goes_is_deleted_file_by_file_with_what_an_earlier_one_left(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         committed(tmp_path, step)
     trash = tmp_path / ".trash"
@@ -73,12 +73,9 @@ def test_sweep_deletes_slowly_and_finishes_what_was_begun(tmp_path: Path) -> Non
     (trash / "step-00000000-g0001").mkdir()
     (trash / "step-00000000-g0001" / "left.safetensors").touch()
     (trash / "step-00000001-g0001").mkdir()
-    pauses: list[float] = []
-    sweep(tmp_path, names(1, 2, 77), per_second=50, pause=pauses.append)
+    assert sweep(tmp_path, names(1, 2, 77)) == 11, "a turn for every file"
     assert [e.step for e in entries(tmp_path)] == [3]
     assert list(trash.iterdir()) == []
-    assert len(pauses) == 11, "a pause for every file"
-    assert set(pauses) == {1 / 50}
     with pytest.raises(ValueError):
         sweep(tmp_path, ["LATEST"])
     with pytest.raises(ValueError):
@@ -91,7 +88,7 @@ def test_links_are_unlinked_not_followed(tmp_path: Path) -> None:
     (precious / "thesis").touch()
     one = committed(tmp_path, 1)
     (one.directory / "link").symlink_to(precious)
-    sweep(tmp_path, [one.name], pause=lambda seconds: None)
+    sweep(tmp_path, [one.name])
     assert listing(precious) == ["thesis"]
 
 
@@ -103,7 +100,7 @@ def test_leftovers_of_earlier_generations_go_and_the_live_one_stays(tmp_path: Pa
     kept = committed(tmp_path, 4, generation=1)
     found = stale(tmp_path, Generation(2))
     assert found == (".LATEST.0123456789ab.aside", staging_name(entry(5, 1).name, NONCE))
-    sweep(tmp_path, found, pause=lambda seconds: None)
+    sweep(tmp_path, found)
     live = staging_name(entry(6, 2).name, NONCE)
     assert {p.name for p in tmp_path.iterdir()} == {kept.name, live, "LATEST", ".trash"}
     discard(tmp_path, entry(6, 2).name, NONCE)
@@ -124,5 +121,5 @@ def test_pinned_ones_stay_until_the_mark_goes_and_marks_go_with_their_checkpoint
     (tmp_path / MARKS / f"{one.name}.pinned").unlink()
     assert retire(entries(tmp_path), 1, None, pinned(tmp_path)) == (one.name,)
     pin(tmp_path, one.name)
-    sweep(tmp_path, [one.name], pause=lambda seconds: None)
+    sweep(tmp_path, [one.name])
     assert listing(tmp_path / MARKS) == ["notes.pinned"]
