@@ -11,6 +11,9 @@ Of the steps that count, every epoch is summed up over the whole data set. In th
 *pending* while its place in the epoch's order has not been reached, and after that as much missed as in any other.
 What does not add up is named: ranks missing in a step, batches that leave out or repeat places, a generation that
 left no ledger. The last step may be *open*, recorded by some ranks and not yet by others; it is left out.
+
+A record that ends early adds up as well. So it is held against what the run says of itself: whatever led to its newest
+checkpoint, or to its end, has to be recorded.
 """
 
 from __future__ import annotations
@@ -19,13 +22,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import orjson
 
 from hpcft.data import order
 from hpcft.data.ledger import Header, LedgerFile, Record, ledger_path, read_file, read_headers
 from hpcft.data.order import Ids
 from hpcft.errors import NotFoundError, UnusableError
+from hpcft.rundir import RunDirectory
 
 _EXAMPLES = 8
 _PROBLEMS = 20
@@ -106,14 +112,18 @@ def report(run_directory: Path) -> LedgerReport:
 
     NotFoundError: the run has no ledger. UnusableError: its files cannot be read, or are of different data.
     """
-    directory = run_directory / "ledger"
+    run = RunDirectory(run_directory)
+    directory = run.ledger
+    problems: list[str] = []
+    completed = list(_completed(run, problems))  # looked at first: what is recorded meanwhile is only more
     generations = read_headers(directory)
     if not generations:
         raise NotFoundError(f"{run_directory} has no ledger", "a run records one where [data] ledger = true")
     first = next(iter(generations[min(generations)].values()))
-    problems = _inconsistencies(generations, first)
+    problems += _inconsistencies(generations, first)
     ranges = dict(_lineage(generations, problems))
     newest = max(generations)
+    owed = _owed(completed, ranges, newest, problems)
 
     tally = _Tally(problems)
     open_step: int | None = None
@@ -122,7 +132,7 @@ def report(run_directory: Path) -> LedgerReport:
         headers = generations[generation]
         example = next(iter(headers.values()))
         files = {rank: read_file(ledger_path(directory, generation, rank), headers[rank]) for rank in sorted(headers)}
-        settled = _settled(files) if generation == newest else None
+        settled = max(_settled(files), owed) if generation == newest else None
         if settled is not None:  # a rank that seems to lag was perhaps only read earlier than others
             for rank, file in files.items():
                 if file.last < settled:
@@ -143,6 +153,11 @@ def report(run_directory: Path) -> LedgerReport:
             tally.add(step, steps[step], first.samples)
         counted = len(steps) if open_step is None else sum(step < open_step for step in steps)
         accounts.append(GenerationReport(generation, *example.origin, steps=counted, superseded=undone))
+    if tally.last_step < owed:
+        problems.append(
+            f"the record ends at step {tally.last_step}, and the run has gone on at least to step {owed}: "
+            "`hpcft logs` may say why (the ledger is incomplete)"
+        )
     return LedgerReport(
         samples=first.samples,
         seed=first.seed,
@@ -153,6 +168,42 @@ def report(run_directory: Path) -> LedgerReport:
         generations=tuple(accounts),
         problems=_shortened(problems),
     )
+
+
+def _completed(run: RunDirectory, problems: list[str]) -> Iterator[tuple[int | None, int]]:
+    """Steps that nothing undoes any more, each with the generation that completed it; None: the last one."""
+    if (status := _said(run.status, problems)) is not None:
+        yield from ((each["generation"], each["step"]) for each in status.get("checkpoints", [])[-1:])
+    if (finished := _said(run.finished, problems)) is not None:
+        yield None, finished["step"]
+
+
+def _said(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        problems.append(f"how far the run has come is not known: {path} cannot be read ({error})")
+        return None
+    return found
+
+
+def _owed(
+    completed: Iterable[tuple[int | None, int]],
+    ranges: Mapping[int, tuple[int, float]],
+    newest: int,
+    problems: list[str],
+) -> int:
+    """The step up to which there has to be a record: what the newest generation went on from, or more."""
+    owed = ranges[newest][0]
+    for generation, step in completed:
+        if generation is not None and generation > newest:
+            if step:
+                problems.append(f"generation {generation} trained steps up to {step} and left no ledger")
+        elif (counts := ranges.get(newest if generation is None else generation)) is not None:
+            owed = max(owed, int(min(step, counts[1])))
+    return owed
 
 
 def _settled(files: Mapping[int, LedgerFile]) -> int:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -168,6 +169,70 @@ def test_many_problems_are_counted_not_listed(tmp_path: Path) -> None:
     Ranks(tmp_path, 1, 2, only=range(1), n=10_000).train(100)
     account = report(tmp_path)
     assert len(account.problems) == 21 and account.problems[-1] == "and 79 more"
+
+
+def says(run: Path, *checkpoints: tuple[int, int]) -> None:
+    """The leader's view: the checkpoints (step, generation) of the lineage."""
+    lineage = [{"step": step, "generation": generation} for step, generation in checkpoints]
+    (run / "status.json").write_bytes(orjson.dumps({"generation": 1, "checkpoints": lineage}))
+
+
+def test_a_record_that_ends_before_the_newest_checkpoint_is_not_exact(tmp_path: Path) -> None:
+    """All ranks stopped recording at the same step, of a full disk: nothing of what is there looks amiss."""
+    Ranks(tmp_path, 1, 4).train(8)
+    says(tmp_path, (5, 1), (8, 1))
+    assert report(tmp_path).exact
+    says(tmp_path, (5, 1), (12, 1))
+    account = report(tmp_path)
+    assert not account.exact and account.last_step == 8
+    assert account.problems[0].startswith("the record ends at step 8, and the run has gone on at least to step 12")
+
+
+def test_a_record_that_ends_before_the_run_did_is_not_exact(tmp_path: Path) -> None:
+    Ranks(tmp_path, 1, 4).train(8)
+    (tmp_path / "finished.json").write_bytes(orjson.dumps({"outcome": "finished", "step": 8}))
+    assert report(tmp_path).exact
+    (tmp_path / "finished.json").write_bytes(orjson.dumps({"outcome": "finished", "step": 9}))
+    assert "the run has gone on at least to step 9" in report(tmp_path).problems[0]
+
+
+def test_a_newest_generation_without_a_ledger_is_named(tmp_path: Path) -> None:
+    Ranks(tmp_path, 1, 2).train(8)
+    says(tmp_path, (5, 1), (8, 2))
+    account = report(tmp_path)
+    assert not account.exact
+    assert account.problems == ("generation 2 trained steps up to 8 and left no ledger",)
+
+
+def test_what_a_generation_went_on_from_has_to_be_recorded(tmp_path: Path) -> None:
+    Ranks(tmp_path, 1, 2).train(3)
+    Ranks(tmp_path, 2, 2, restored=6, of=1)
+    assert "the run has gone on at least to step 6" in report(tmp_path).problems[0]
+
+
+def test_of_a_branch_that_was_left_nothing_is_missed(tmp_path: Path) -> None:
+    """The status is written by the second; a new generation may have begun since, from an older checkpoint."""
+    Ranks(tmp_path, 1, 2).train(8)
+    says(tmp_path, (5, 1), (8, 1))
+    Ranks(tmp_path, 2, 2, restored=5, of=1).train(1)
+    account = report(tmp_path)
+    assert account.exact and account.last_step == 6, account.problems
+
+
+def test_a_step_that_a_checkpoint_rests_on_is_not_open(tmp_path: Path) -> None:
+    Ranks(tmp_path, 1, 4).train(5).train(1, range(2))
+    says(tmp_path, (6, 1))
+    account = report(tmp_path)
+    assert account.open_step is None
+    assert account.problems == ("step 6 of generation 1 has no record of rank 2, 3",)
+
+
+def test_a_status_that_cannot_be_read_leaves_it_open_whether_all_is_recorded(tmp_path: Path) -> None:
+    Ranks(tmp_path, 1, 2).train(3)
+    (tmp_path / "status.json").write_bytes(b"half a sta")
+    account = report(tmp_path)
+    assert not account.exact and account.last_step == 3
+    assert "status.json cannot be read" in account.problems[0]
 
 
 @sampled(60)
