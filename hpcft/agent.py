@@ -216,6 +216,8 @@ class Agent:
             for inquirer in self._inquirers if not stuck else ():
                 inquirer.send({"answer": Reach.ENDED})
             await self._server.close()
+            if self._lifelines is not None:
+                self._lifelines.close()
         return ended
 
     def _end(self, code: int, reason: str) -> None:
@@ -343,6 +345,11 @@ class Agent:
         except (DamagedError, NotFoundError) as error:
             await self._give_up_the_run(record, error)
             return
+        except (OSError, UnusableError) as error:
+            # not for ever, and perhaps not for others
+            await self._release(record)
+            self._end(AGENT_RESTART, f"this agent cannot read what a leader has to know: {error}")
+            return
         self._presiding = self._tasks.create_task(self._preside(leader), name="leader")
 
     async def _give_up_the_run(self, record: TermRecord, error: HpcftError) -> None:
@@ -351,10 +358,19 @@ class Agent:
         verdict = Verdict(Outcome.FAILED, int(error.exit_code), str(error))
         try:
             await asyncio.to_thread(verdicts.write, station.directory, station.start, verdict, Step(0))
-            await asyncio.to_thread(terms.renew, station.directory.terms, record.term, TermLease(0, released=True))
-        except (OSError, terms.Deposed) as trouble:
+        except OSError as trouble:
             log.error("the verdict could not be written: %s", trouble)
+        await self._release(record)
         self._end(verdict.exit_code, verdict.reason)
+
+    async def _release(self, record: TermRecord) -> None:
+        """A term that was claimed, and is not led: the next may be claimed at once."""
+        try:
+            await asyncio.to_thread(
+                terms.renew, self._station.directory.terms, record.term, TermLease(0, released=True)
+            )
+        except (OSError, terms.Deposed) as trouble:
+            log.error("term %d could not be released: %s", record.term, trouble)
 
     def _leaderless(self, sight: Sight) -> float:
         """For how many seconds nobody has led, as this node knows: it has waited for another leader's lease to run out,
@@ -393,7 +409,11 @@ class Agent:
             self._leader = None  # whoever comes now waits, until the server closes
 
     async def _stay_with(self, record: TermRecord) -> bool:
-        """One connection to the leader, from the first word to its end; False when there was none."""
+        """One connection to the leader, from its first word to its end; False when no leader spoke.
+
+        An address is not enough: the record may name an agent that failed to take office, or a port that has passed
+        to another one since.
+        """
         me = {"node": self._station.node, "incarnation": self._incarnation}
         address = (record.host, record.port)
         limit = self._station.timing.timeout
@@ -412,7 +432,7 @@ class Agent:
                 self._unreachable = record
                 log.info("the leader %s is not reachable: %s", record.node, closed.reason)
             return False
-        log.info("joined %s, leader of term %d", record.node, record.term)
+        spoken = False
         assert self._lifelines is not None
         self._workers.hold(self._lifelines.keeper.fileno())
         self._ranks.repeat()
@@ -420,15 +440,21 @@ class Agent:
         self._beat()
         try:
             while True:
-                self._hear(record, await self._stream.receive())
+                message = await self._stream.receive()
+                if not spoken:
+                    spoken = True
+                    log.info("joined %s, leader of term %d", record.node, record.term)
+                self._hear(record, message)
         except stream.StreamClosed as closed:
-            log.info("the stream to %s closed: %s", record.node, closed.reason)
+            if spoken or self._unreachable != record:
+                self._unreachable = record
+                log.info("the stream to %s closed: %s", record.node, closed.reason)
         finally:
             self._stream = None
             if self._heartbeats is not None:
                 self._heartbeats.close()
                 self._heartbeats = None
-        return True
+        return spoken
 
     async def _open_lifelines(self, record: TermRecord, me: Mapping[str, str]) -> None:
         """Once for each leader: a new line beside a living one would let the old one's end look like ours."""
@@ -457,6 +483,8 @@ class Agent:
                 if isinstance(seconds := more.get("kill_wait"), int | float):
                     self._kill_wait = float(seconds)
                 self._heartbeats = HeartbeatWriter((host, port), self._secret, Term(term))
+            case {"kill_wait": int() | float() as seconds}:
+                self._kill_wait = float(seconds)
             case {"meeting": {"generation": int(generation), "host": str(host), "port": int(port)}}:
                 self._meeting = (Generation(generation), (host, port))
             case _:

@@ -1,15 +1,27 @@
-"""When to make a checkpoint. Pure: what was measured comes in, a step goes out."""
+"""When to make a checkpoint. Pure: what was measured comes in, a step goes out.
+
+`Saving` is the leader's side of an ordered save. The order reaches the ranks at different times, and some perhaps not,
+while their connection is broken. For whom the step is over when it reads the order, it does not exist; whoever is to
+stop there saves and then waits at that step (`worker.run`). So the leader goes on telling until it is settled: the same
+step, where nobody has missed it; a later one, where somebody has; and at last that all may go.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from statistics import median
+from typing import Final, NamedTuple
 
 from hpcft.ids import Generation, Step
 from hpcft.units import Cadence, EverySeconds
-from hpcft.world import World
+from hpcft.world import Phase, World
 
+SAVE_LEAD_SECONDS = 0.6
+"""An ordered save lies this far ahead, so that as a rule every rank has read the order before it comes."""
+REPEAT_SECONDS = 2.0
+"""An order is told again after this long: a connection may just have been broken, or a rank may have been late."""
 LATEST_STEPS = 15
 """So many times are kept of the latest steps."""
 
@@ -83,3 +95,65 @@ def missed(world: World, step: Step, *, stop: bool) -> bool:
         for node in world.reports
         for worker in node.workers
     )
+
+
+class Order(NamedTuple):
+    """What all ranks are told: to save at a step, and perhaps to stop there."""
+
+    step: Step
+    stop: bool
+
+
+LET_GO: Final = Order(Step(0), stop=True)
+"""To those who have saved and wait at that step: all have, so end. Who does not wait takes no notice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """The standing order of a generation, if there is one, and since when it stands."""
+
+    order: Order | None = None
+    told_at: float = 0.0
+    """Run clock; before the first order, of the generation's beginning."""
+    let_go: bool = False
+    """The last save is settled, and its ranks are told to end."""
+
+    def ordered(self, world: World, pace: Pace, now: float, *, stop: bool) -> Saving:
+        """All ranks are to save together as soon as that can be."""
+        return Saving(Order(meeting_step(world, pace, now, SAVE_LEAD_SECONDS), stop), now)
+
+    def next(
+        self, world: World, pace: Pace, now: float, every: Cadence, settled: Callable[[Step], bool]
+    ) -> tuple[Saving, Order | None]:
+        """After a look at the world: what stands from now on, and what is to be told.
+
+        `settled` says of a step whether all ranks have reported its save, or one that it failed.
+        """
+        if world.formation is None or world.training_since is None:
+            return self, None
+        waited = now > self.told_at + REPEAT_SECONDS
+        if self.order is None:
+            if world.phase is Phase.RUNNING and due(every, world, now, self.told_at):
+                return self._told(self.ordered(world, pace, now, stop=False))
+            return self, None
+        step, stop = self.order
+        newest = world.restore.step if world.restore is not None else -1
+        refused = world.save_failed[0] if world.save_failed is not None else -1
+        if not stop:
+            if newest >= step or refused >= step:
+                return replace(self, order=None), None  # the cadence has its next turn
+            if waited and missed(world, step, stop=False) and not settled(step):
+                return self._told(self.ordered(world, pace, now, stop=False))
+            return self, None
+        late = missed(world, step, stop=True)
+        # nobody passes the last one, so a later one is not it
+        if self.let_go or (step in (newest, refused) and not late):
+            told = replace(self, let_go=True, told_at=now)
+            return (told, LET_GO) if waited or not self.let_go else (self, None)
+        if waited:
+            return self._told(self.ordered(world, pace, now, stop=True) if late else replace(self, told_at=now))
+        return self, None
+
+    @staticmethod
+    def _told(saving: Saving) -> tuple[Saving, Order | None]:
+        return saving, saving.order

@@ -103,6 +103,12 @@ class Commits:
         if formation is not None and formation.generation == generation:
             self._give_up(formation, step, f"rank {rank}: {reason}")
 
+    def withdraw(self, step: Step) -> None:
+        """Another step was ordered in its place: some rank had passed it already. That is no failure."""
+        formation = self._formation
+        if formation is not None and step not in self._settled:
+            self._drop(formation, step)
+
     def settled(self, step: Step) -> bool:
         """Whether all ranks have reported this save, or one that it has failed."""
         return step in self._settled
@@ -132,13 +138,15 @@ class Commits:
         self._closed.set()
 
     def _give_up(self, formation: Formation, step: Step, reason: str) -> None:
-        self._reports.pop(step, None)
-        if step in self._settled:
-            return
+        if step not in self._settled:
+            self._drop(formation, step)
+            self._deliver(CheckpointFailed(step, formation.generation, reason))
+
+    def _drop(self, formation: Formation, step: Step) -> None:
         self._settled.add(step)
+        self._reports.pop(step, None)
         name = checkpoint_name(step, formation.generation)
         self._committing.put(lambda: self._discard(name, formation.nonce))
-        self._deliver(CheckpointFailed(step, formation.generation, reason))
 
     # --- on the committing thread ---
 
@@ -161,6 +169,7 @@ class Commits:
         try:
             done = commit.commit(self._root, reports, facts)
         except HpcftError as error:
+            self._discard(reports[0].name, formation.nonce)
             self._deliver(CheckpointFailed(step, formation.generation, error.message))
             return
         if done.latest_failure:

@@ -104,7 +104,7 @@ class FailureKind(StrEnum):
     STUCK = "stuck"
     """Did not go after SIGKILL (uninterruptible sleep)."""
     START = "start"
-    """Could not be started at all."""
+    """Could not be started at all: its node is short of memory or processes."""
 
 
 @dataclass(frozen=True, slots=True)

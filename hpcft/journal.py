@@ -81,7 +81,8 @@ def replay(directory: Path) -> Replayed:
     """Rebuild the world from the newest lineage.
 
     Raises:
-        DamagedError: a line inside the lineage cannot be read; the message names file and line.
+        DamagedError: a line inside the lineage is not what was written; the message names file and line.
+        OSError: the file system does not give a journal out; another try, or another node, may have more luck.
     """
     chain: list[tuple[Path, int | None]] = []
     paths = sorted(directory.glob("term-*.jsonl"))
@@ -132,7 +133,7 @@ def _opening(path: Path) -> _Opening | None:
         if not line.endswith(b"\n"):
             return None
         opening = _Opening(**orjson.loads(line))
-    except (OSError, ValueError, TypeError) as error:
+    except (FileNotFoundError, ValueError, TypeError) as error:
         raise _damaged(path, 1, error) from error
     if opening.format != FORMAT:
         raise _damaged(path, 1, f"it has format {opening.format}, this version of hpcft reads {FORMAT}")

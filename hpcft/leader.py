@@ -65,8 +65,6 @@ from hpcft.journal import PROGRESS_LINES_PER_SECOND, PROGRESS_SECONDS, Journal, 
 from hpcft.membership import may_lead
 from hpcft.notices import JobControl, Notices
 from hpcft.operators import spooled
-from hpcft.page import LET_GO
-from hpcft.page import Order as SaveOrder
 from hpcft.policy import Rules, decide
 from hpcft.reception import Message, Reception, order_message
 from hpcft.renewal import Renewal
@@ -74,7 +72,7 @@ from hpcft.rundir import RunDirectory
 from hpcft.store import Heartbeat, HeartbeatReader, StoreServer
 from hpcft.terms import TermRecord
 from hpcft.units import Cadence
-from hpcft.world import Phase, World, apply, takes_over
+from hpcft.world import Phase, World, apply, job_of, takes_over
 
 log = logging.getLogger("hpcft.leader")
 
@@ -83,12 +81,8 @@ STATUS_SECONDS = 1.0
 DECISIONS_PER_EVENT = 64
 """Each decision changes the world so that the next differs; more than this in a row is a defect of the policy."""
 JOURNAL_SECONDS = 10.0
-REPEAT_SECONDS = 2.0
-"""An ordered save that came too late for some rank is ordered again, further ahead, after this long."""
 SILENT_SLACK_SECONDS = 60.0
 """What the run clock makes up for beyond a leader's usual silence in its journal: for slow steps, and a late disk."""
-SAVE_LEAD_SECONDS = 0.6
-"""An ordered save lies this far ahead, so that as a rule every rank has read the order before it comes."""
 
 
 PLENTIFUL = NodeHeard | NodeReported | Progressed
@@ -159,11 +153,8 @@ class Leader:
         self._store: StoreServer | None = None
         self._heartbeats: HeartbeatReader | None = None
         self._meeting: tuple[Generation, StoreServer] | None = None
-        self._save_order: tuple[Step, bool] | None = None
-        self._let_go = False
-        """The last save is settled: its ranks were told to end."""
+        self._saving = cadence.Saving(told_at=self.now())
         self._pace = cadence.Pace()
-        self._saved_at = self.now()
         self._notices = Notices(control, office.end_lead, self.feed, self._spawn)
         self._requeueing: asyncio.Task[None] | None = None
         self._concluded: asyncio.Future[Verdict | SteppedDown] = self._loop.create_future()
@@ -190,6 +181,7 @@ class Leader:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 self._spawn(self._notices.watch(), "notices")
+                self._spawn(self._tell_kill_wait(), "kill-wait")
                 self._spawn(self._tick(), "tick")
                 self._spawn(self._write_status(), "status")
                 self._spawn(self._open_store(), "store")
@@ -271,8 +263,7 @@ class Leader:
         match action:
             case Propose(formation):
                 self._commits.follow(formation)
-                self._save_order = None
-                self._saved_at = self.now()
+                self._saving = cadence.Saving(told_at=self.now())
                 self._renewal_wanted = time.monotonic()
                 self._renewal.hurry()
                 self._broadcast(Prepare(formation))
@@ -289,7 +280,8 @@ class Leader:
                 if self._heartbeats is not None:
                     self._heartbeats.forget(name)
             case SaveAndStop():
-                self._order_save(stop=True)
+                last = self._saving.ordered(self.world, self._pace, self.now(), stop=True)
+                self._stand_by(last, last.order)
             case HaltWorkers(generation):
                 self._broadcast(Halt(self._office.record.term, generation))
             case Quarantine(checkpoint, detail):
@@ -328,6 +320,9 @@ class Leader:
 
     def admit(self, connected: stream.Stream) -> None:
         """Take over an incoming connection."""
+        if self._concluded.done():
+            connected.close("this leader leaves office")
+            return
         self._spawn(self._reception.serve(connected), "stream")
 
     def join(self, joined: NodeJoined, say: Callable[[Message], None]) -> None:
@@ -380,6 +375,10 @@ class Leader:
                 "kill_wait": self._notices.known_kill_wait,
             }
         }
+
+    async def _tell_kill_wait(self) -> None:
+        """To those who were welcomed before Slurm had said it."""
+        self._reception.tell_all({"kill_wait": await self._notices.kill_wait()})
 
     # --- edges ---
 
@@ -454,44 +453,21 @@ class Leader:
         self._conclude_with(SteppedDown(why))
 
     def _keep_cadence(self) -> None:
-        """Order saves that are due by the clock, repeat an order that came too late for some rank, and let those end
-        that have saved last."""
-        world, now = self.world, self.now()
-        self._pace = self._pace.seen(world, now)
-        if world.formation is None or world.training_since is None:
-            return
-        if self._save_order is None:
-            if world.phase is Phase.RUNNING and cadence.due(self._office.save_every, world, now, self._saved_at):
-                self._order_save(stop=False)
-            return
-        step, stop = self._save_order
-        newest = world.restore.step if world.restore is not None else -1
-        refused = world.save_failed[0] if world.save_failed is not None else -1
-        # nobody passes the last one, so a later one is not it
-        saved, failed = (newest == step, refused == step) if stop else (newest >= step, refused >= step)
-        waited = now > self._saved_at + REPEAT_SECONDS
-        if not stop and (saved or failed):
-            self._save_order = None  # the cadence has its next turn
-        elif self._let_go or ((saved or failed) and not cadence.missed(world, step, stop=True)):
-            if waited or not self._let_go:  # again and again: a connection may just be broken
-                self._let_go, self._saved_at = True, now
-                self._tell_order(world.formation.generation, LET_GO)
-        elif waited and cadence.missed(world, step, stop=stop) and (stop or not self._commits.settled(step)):
-            self._order_save(stop=stop)
+        """Saves that are due by the clock, and whatever is still to be said of one that was ordered."""
+        now, settled = self.now(), self._commits.settled
+        self._pace = self._pace.seen(self.world, now)
+        saving, told = self._saving.next(self.world, self._pace, now, self._office.save_every, settled)
+        self._stand_by(saving, told)
 
-    def _order_save(self, *, stop: bool) -> None:
-        world = self.world
-        formation = world.formation
-        if formation is None:
+    def _stand_by(self, saving: cadence.Saving, told: cadence.Order | None) -> None:
+        """From now on this order stands; `told` goes out."""
+        former, self._saving = self._saving, saving
+        formation = self.world.formation
+        if told is None or formation is None:
             return
-        self._saved_at = self.now()
-        step = cadence.meeting_step(world, self._pace, self.now(), SAVE_LEAD_SECONDS)
-        self._save_order, self._let_go = (step, stop), False
-        self._tell_order(formation.generation, SaveOrder(step, stop))
-
-    def _tell_order(self, generation: Generation, order: SaveOrder) -> None:
-        step = Step(order.save_at_step)
-        self._broadcast(OrderSave(self._office.record.term, generation, step, order.stop_after_save))
+        if former.order is not None and saving.order is not None and former.order.step != saving.order.step:
+            self._commits.withdraw(former.order.step)
+        self._broadcast(OrderSave(self._office.record.term, formation.generation, told.step, told.stop))
 
     async def _requeue(self) -> None:
         await self._sync_journal()
@@ -536,9 +512,10 @@ class Leader:
 
     async def _write_status(self) -> None:
         """Publish what there is to see, and look for operators' commands in the spool."""
+        spool, job = self._office.directory.spool, job_of(self._office.allocation)
         while True:
             await asyncio.to_thread(self._publish_status)
-            for command in await asyncio.to_thread(lambda: list(spooled(self._office.directory.spool))):
+            for command in await asyncio.to_thread(lambda: list(spooled(spool, job))):
                 self.command(command)
             await asyncio.sleep(STATUS_SECONDS)
 

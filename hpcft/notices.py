@@ -59,6 +59,10 @@ class Notices:
         """Seconds; None before Slurm has said it."""
         return self._kill_wait.result() if self._kill_wait.done() else None
 
+    async def kill_wait(self) -> float:
+        """As soon as Slurm has said it."""
+        return await asyncio.shield(self._kill_wait)
+
     async def watch(self) -> None:
         """Runs until the limit is near. What signals mean is not said before it has begun."""
         self._kill_wait.set_result(await self._control.kill_wait())

@@ -24,6 +24,7 @@ from hpcft import secret as run_secret
 from hpcft.errors import NotFoundError
 from hpcft.events import Outcome
 from hpcft.rundir import RunDirectory, is_live
+from hpcft.world import job_of
 
 log = logging.getLogger("hpcft.operators")
 
@@ -39,7 +40,7 @@ def stop(run: RunDirectory) -> str:
     """
     if not is_live(run):
         return _ended(run)
-    command = {"do": "stop", "by": f"{getpass.getuser()}@{socket.gethostname()}"}
+    command = {"do": "stop", "by": f"{getpass.getuser()}@{socket.gethostname()}", "job": _job(run)}
     try:
         asyncio.run(_send(run, command))
     except stream.StreamClosed as closed:
@@ -49,6 +50,14 @@ def stop(run: RunDirectory) -> str:
             "which the leader reads every few seconds"
         )
     return f"{run.name} makes a last checkpoint and ends; hpcft status {run.name} --watch shows it"
+
+
+def _job(run: RunDirectory) -> str | None:
+    """Whose command it is, should it have to wait in the spool: a later job is not meant."""
+    try:
+        return job_of(orjson.loads(run.status.read_bytes())["allocation"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _ended(run: RunDirectory) -> str:
@@ -81,8 +90,11 @@ async def _send(run: RunDirectory, command: dict[str, Any]) -> dict[str, Any]:
         await connected.wait_closed()
 
 
-def spooled(spool: Path) -> Iterator[dict[str, Any]]:
-    """The commands that lie in the spool, each taken out once. Blocks on the file system; the leader's thread."""
+def spooled(spool: Path, job: str) -> Iterator[dict[str, Any]]:
+    """The commands for `job` that lie in the spool, each taken out once. Blocks on the file system; the leader's thread.
+
+    Those for an earlier job, which nobody was there to obey, are removed.
+    """
     for path in sorted(spool.glob("*.json")):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -97,5 +109,9 @@ def spooled(spool: Path) -> Iterator[dict[str, Any]]:
         except (OSError, ValueError) as error:
             log.warning("the command %s cannot be read: %s", path, error)
             continue
-        if isinstance(command, dict):
-            yield command
+        if not isinstance(command, dict):
+            continue
+        if command.get("job") not in (None, job):
+            log.warning("the command %s is for job %s, which is over: it was removed", path, command["job"])
+            continue
+        yield command

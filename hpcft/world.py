@@ -458,7 +458,7 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
         total_steps=world.total_steps,
         known_bugs=world.known_bugs,
         # an operator who starts it anew has mended something; Slurm's requeue has not
-        fruitless=world.fruitless if _job(event.allocation) == _job(world.allocation) else 0,
+        fruitless=world.fruitless if job_of(event.allocation) == job_of(world.allocation) else 0,
         high_step=world.high_step,
         starts=world.starts + (event.allocation != world.allocation),
         undone=world.undone,
@@ -478,6 +478,8 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
             termination=world.termination,
             termination_at=world.termination_at,
         )
+        if world.takeover:  # no world has taken effect since: the first one that was lost is still waited for
+            fresh = replace(fresh, takeover=True, lost_leader=world.lost_leader)
     since = now - event.leaderless
     if event.takeover:
         return _open_incident(fresh, "leader lost", world.leader, Budget.INFRASTRUCTURE, since, before=before)
@@ -487,8 +489,8 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
     return fresh
 
 
-def _job(allocation: str) -> str:
-    """A start's name is that of its job and the count of its restarts."""
+def job_of(allocation: str) -> str:
+    """An allocation is named after its job and the count of its restarts."""
     return allocation.rpartition(".")[0]
 
 
@@ -658,7 +660,7 @@ def _fail(world: World, event: WorkerFailed, now: float) -> World:
         world = _open_incident(world, cause, culprit, None if paid else budget, now, failure.tail)
     elif incident.budget is None and budget is not None:
         world = _find_cause(world, incident.cause, culprit, budget, now, failure.tail)
-    if failure.kind in (FailureKind.EXCEPTION, FailureKind.START):
+    if failure.kind is FailureKind.EXCEPTION:
         if (failure.step, failure.signature()) in world.known_bugs and world.repeated_bug is None:
             world = replace(world, repeated_bug=event)
     elif budget is Budget.INFRASTRUCTURE:
@@ -675,12 +677,13 @@ def budget_of(kind: FailureKind) -> Budget | None:
     match kind:
         case FailureKind.COLLECTIVE | FailureKind.DAMAGED:
             return None
-        case FailureKind.EXCEPTION | FailureKind.EXIT | FailureKind.START:
+        case FailureKind.EXCEPTION | FailureKind.EXIT:
             return Budget.USER_CODE
         case (
             FailureKind.KILLED
             | FailureKind.FENCED
             | FailureKind.STUCK
+            | FailureKind.START
             | FailureKind.UNREADABLE
             | FailureKind.SURROUNDINGS
         ):

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcft.cadence import Pace, due, meeting_step, missed, step_seconds
-from hpcft.events import Formation, Member, NodeReported, WorkerReport
+from hpcft import page
+from hpcft.cadence import LET_GO, Pace, Saving, due, meeting_step, missed, step_seconds
+from hpcft.events import CheckpointRef, Formation, Member, NodeReported, WorkerReport
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step, Term
 from hpcft.units import EverySeconds, EverySteps, Never
-from hpcft.world import World
+from hpcft.world import Phase, World
 
 MEMBER = Member(NodeId("a"), Incarnation("a1"), "", 1, Rank(0))
 FORMATION = Formation(Term(1), Generation(1), (MEMBER,), None, "0")
@@ -132,3 +133,86 @@ def reported(*ranks: tuple[int, str]) -> NodeReported:
 def test_who_has_gone_on_without_saving(ranks: list[tuple[int, str]], stop: bool, late: bool) -> None:
     world = replace(at(min(step for step, _ in ranks)), reports=(reported(*ranks),))
     assert missed(world, Step(7), stop=stop) is late
+
+
+class Scene:
+    """What is told when a leader looks at one world after the other."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.settled: set[int] = set()
+        """Steps that all ranks have reported."""
+        self.pace = Pace()
+        self.saving = Saving(told_at=self.now)
+
+    def look(self, world: World, later: float = 0.0) -> list[tuple[int, bool]]:
+        self.now += later
+        self.pace = self.pace.seen(world, self.now)
+        self.saving, told = self.saving.next(world, self.pace, self.now, EverySeconds(600.0), self.settled.__contains__)
+        return [] if told is None else [(told.step, told.stop)]
+
+    def order_last(self, world: World) -> int:
+        self.look(world)
+        self.saving = self.saving.ordered(world, self.pace, self.now, stop=True)
+        assert self.saving.order is not None and self.saving.order.stop
+        return self.saving.order.step
+
+
+def training(step: int) -> World:
+    return replace(at(step), phase=Phase.RUNNING)
+
+
+def ranks(world: World, *phases: tuple[int, str]) -> World:
+    return replace(world, reports=(reported(*phases),))
+
+
+def saved(world: World, step: int) -> World:
+    return replace(world, checkpoints=(CheckpointRef(Step(step), Generation(1)),))
+
+
+LET_THEM_GO = [tuple(LET_GO)]
+
+
+def test_to_let_go_is_said_alike_to_agents_and_in_the_page() -> None:
+    assert page.Order(LET_GO.step, LET_GO.stop) == page.LET_GO
+
+
+def test_the_last_save_is_ordered_anew_for_a_late_rank_and_then_its_ranks_are_let_go() -> None:
+    scene, world = Scene(), training(10)
+    assert scene.order_last(world) == 12
+    assert scene.look(ranks(world, (12, "checkpoint"), (11, "train")), later=1.0) == [], "a slow step"
+    assert scene.look(ranks(world, (12, "checkpoint"), (12, "train")), later=2.0) == [(14, True)], "one has missed it"
+    world = saved(world, 14)
+    waiting = ranks(world, (14, "checkpoint"), (14, "checkpoint"))
+    assert scene.look(waiting) == LET_THEM_GO
+    assert scene.look(waiting, later=1.0) == []
+    assert scene.look(waiting, later=2.0) == LET_THEM_GO, "who was not connected hears it now"
+
+
+def test_a_last_save_is_told_again_to_those_who_may_not_have_heard_of_it() -> None:
+    """One has missed the first order; another, who waits there, was not connected when the second one came."""
+    scene, world = Scene(), training(10)
+    assert scene.order_last(world) == 12
+    assert scene.look(ranks(world, (12, "checkpoint"), (12, "train")), later=2.1) == [(14, True)]
+    for _ in range(3):
+        assert scene.look(ranks(world, (12, "checkpoint"), (12, "train")), later=1.0) == []
+        assert scene.look(ranks(world, (12, "checkpoint"), (13, "train")), later=1.1) == [(14, True)]
+
+
+def test_after_a_last_save_that_failed_nobody_waits() -> None:
+    scene, world = Scene(), training(10)
+    step = scene.order_last(world)
+    assert scene.look(replace(world, save_failed=(Step(step), "disk full"))) == LET_THEM_GO
+
+
+def test_a_save_by_the_clock_is_repeated_only_if_a_rank_has_missed_it() -> None:
+    scene, world = Scene(), training(10)
+    assert scene.look(world) == []
+    assert scene.look(world, later=601.0) == [(12, False)]
+    scene.settled.add(12)
+    assert scene.look(training(15), later=60.0) == [], "it is being committed, slowly"
+    scene.settled.clear()
+    (again,) = scene.look(training(15), later=1.0)
+    assert again[0] > 15 and not again[1]
+    assert scene.look(saved(training(15), again[0])) == []
+    assert scene.look(training(15), later=601.0) != [], "the next one is due"

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from checkpoint_samples import NONCE, RUN, committed, pin, save, training_state
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpcft import durable
 from hpcft.checkpoint import read
 from hpcft.checkpoint.layout import CheckpointEntry, checkpoint_name, parse_staging, staging_name
 from hpcft.checkpoint.read import Damage, entries, losses
@@ -25,6 +27,7 @@ from hpcft.commits import Commits, Retention
 from hpcft.events import (
     CheckpointCommitted,
     CheckpointDamaged,
+    CheckpointFailed,
     CheckpointKept,
     CheckpointRef,
     CheckpointsRetired,
@@ -284,3 +287,32 @@ def test_damage_counts_where_it_cannot_be_set_aside(tmp_path: Path, caplog: pyte
         commits.quarantine(ref(100), "a bit was wrong")
         assert isinstance(next_event(), CheckpointDamaged)
     assert "could not be set aside" in caplog.text
+
+
+def test_a_save_that_was_withdrawn_is_no_failure_and_leaves_nothing(tmp_path: Path) -> None:
+    """One rank had passed the step when the order reached it; another one has saved it, and goes on to the next."""
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(1, None))
+        first, second = save(tmp_path, flatten(training_state(12)), 12, 1, world_size=WORKERS)
+        commits.reported(Generation(1), Step(12), Rank(0), first.to_json())
+        commits.withdraw(Step(12))
+        commits.reported(Generation(1), Step(12), Rank(1), second.to_json())
+        commits.failed(Generation(1), Step(12), Rank(1), "its directory has gone")
+        report(commits, tmp_path, 14, 1)
+        event = next_event()
+        assert isinstance(event, CheckpointCommitted) and event.checkpoint == ref(14)
+    assert (left(tmp_path), unfinished(tmp_path)) == ([(14, 1)], [])
+
+
+def test_what_cannot_be_committed_does_not_stay(tmp_path: Path) -> None:
+    """All ranks have written all of it: save after save it would fill the disk."""
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(1, None))
+        for step in (10, 20):
+            first, second = save(tmp_path, flatten(training_state(step)), step, 1, world_size=WORKERS)
+            for rank, shard in enumerate((first, replace(second, index=durable.digest(b"of another state")))):
+                commits.reported(Generation(1), Step(step), Rank(rank), shard.to_json())
+            failed = next_event()
+            assert isinstance(failed, CheckpointFailed)
+            assert "holds another set of tensors" in failed.reason
+    assert (left(tmp_path), unfinished(tmp_path)) == ([], [])

@@ -396,3 +396,10 @@ def test_heartbeats_and_time_are_no_history() -> None:
     assert not is_journaled(NodeHeard(A, Incarnation("a1"), Generation(1), 5))
     assert not is_journaled(Ticked())
     assert is_journaled(begin(1))
+
+
+def test_a_file_system_that_fails_is_no_damage(tmp_path: Path) -> None:
+    """Another try, or another node, may have more luck: nothing is said against the run."""
+    (tmp_path / "term-000002-g0000-y.jsonl").mkdir()  # EISDIR: the first error that comes to hand
+    with pytest.raises(IsADirectoryError):
+        replay(tmp_path)

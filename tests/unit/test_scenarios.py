@@ -206,6 +206,10 @@ EVENTS: list[tuple[str, Callable[..., None]]] = [
     (r"the leader keeps it: (.+)", lambda s, why: s.feed(ev.CheckpointKept(s.suspected, why))),
     (rf"(all ranks|rank \d+) (return)s? after step {NUMBER}", Stage.ends),
     (rf"(all ranks|rank \d+) (stop)s? at step {NUMBER}", Stage.ends),
+    (
+        rf"rank {NUMBER} on {NODE} cannot be started: (.+)",
+        lambda s, rank, node, what: s.fails(rank, node, ev.FailureKind.START, what, "", "0"),
+    ),
     (rf"{NODE} falls silent", lambda s, node: s.silent.add(node)),
     (rf"{NODE} speaks again", lambda s, node: s.silent.discard(node)),
     (

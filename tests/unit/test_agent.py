@@ -1,0 +1,135 @@
+"""How agents come to a leader, where the run directory fails them on the way. Real agents; workers that do nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcft import agent as agents
+from hpcft import durable, terms
+from hpcft.agent import Agent, Ended, Station
+from hpcft.errors import DamagedError, ExitCode
+from hpcft.ids import NodeId
+from hpcft.keeper import AGENT_RESTART
+from hpcft.leader import Leader
+from hpcft.membership import Timing
+from hpcft.page import NodePage
+from hpcft.rundir import RunDirectory
+from hpcft.terms import TermRecord
+
+
+class NoWorkers:
+    """What an agent asks of its workers while it has none."""
+
+    def open(self) -> None: ...
+    def hold(self, descriptor: int) -> None: ...
+    def kill_all(self) -> None: ...
+    async def close(self) -> None: ...
+    async def ready(self) -> None: ...
+    async def end(self, grace: float) -> tuple[str, ...]:
+        return ()
+
+    async def events(self) -> AsyncIterator[Any]:
+        await asyncio.Event().wait()
+        yield
+
+
+class NoRanks:
+    def repeat(self) -> None: ...
+    def forget(self) -> None: ...
+    def report_progress(self) -> None: ...
+    def report(self, now: float) -> None: ...
+    def lowest_step(self) -> int:
+        return 0
+
+    def __len__(self) -> int:
+        return 0
+
+
+class Allocation:
+    """Agents of one start, each on a loopback address of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.run = RunDirectory(directory)
+        self.run.prepare()
+        self.leads: list[TermRecord] = []
+        self.trouble: Exception | None = None
+        """Of whoever wants to lead, as long as it is set."""
+        self.wanted = asyncio.Event()
+
+    def agent(self, index: int) -> Agent:
+        station = Station(
+            node=NodeId(f"n{index}"),
+            index=index,
+            start="7.0",
+            address=f"127.0.0.{index + 1}",
+            workers=1,
+            directory=self.run,
+            timing=Timing(0.5, 1.0, 2.0),
+            grace=0.0,
+            kill_wait=30.0,
+            branches=False,
+            life=1,
+        )
+        return Agent(station, NodePage.create(1), lambda see: NoWorkers(), lambda *a: NoRanks(), self._lead)  # type: ignore[arg-type, return-value]
+
+    async def _lead(self, record: TermRecord, leaderless: float) -> Leader:
+        self.leads.append(record)
+        self.wanted.set()
+        if self.trouble is not None:
+            raise self.trouble
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+@pytest.fixture
+def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Allocation:
+    monkeypatch.setattr(agents, "import_torch", lambda: None)
+    return Allocation(tmp_path)
+
+
+async def test_a_claim_that_was_made_and_seemed_to_fail_holds_nobody_up(
+    allocation: Allocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record names an agent that does not lead: it can be reached, and has nothing to say."""
+    sync, failed = durable.sync_directory, []
+
+    def failing(path: Path) -> None:
+        if path == allocation.run.terms and not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, "Input/output error")
+        sync(path)
+
+    monkeypatch.setattr(durable, "sync_directory", failing)
+    living = [asyncio.create_task(allocation.agent(index).live()) for index in (0, 1)]
+    try:
+        await asyncio.wait_for(allocation.wanted.wait(), 60)
+        assert failed
+        assert [each.term for each in allocation.leads] == [2]
+    finally:
+        for task in living:
+            task.cancel()
+        await asyncio.gather(*living, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), AGENT_RESTART),
+        (DamagedError("the journal is damaged", "restore it"), ExitCode.DAMAGED),
+    ],
+)
+async def test_only_damage_ends_the_run_where_a_leader_cannot_read_its_history(
+    allocation: Allocation, trouble: Exception, code: int
+) -> None:
+    allocation.trouble = trouble
+    ended: Ended = await asyncio.wait_for(allocation.agent(0).live(), 60)
+    assert ended.code == code
+    holder = terms.newest(allocation.run.terms)
+    assert holder is not None and terms.lease(allocation.run.terms, holder.term).released
+    assert bool(list(allocation.run.verdicts.iterdir())) == (code == ExitCode.DAMAGED)
