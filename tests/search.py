@@ -10,16 +10,20 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-_MANY = int(os.environ.get("HPCFT_EXAMPLES", "0"))
-"""So many random examples a property; 0: the fixed sample."""
+_TIMES = int(os.environ.get("HPCFT_SEARCH", "0"))
+"""So many times the fixed sample's examples, at random; 0: the fixed sample."""
 
 settings.register_profile("fixed", deadline=None, database=None, derandomize=True)
 settings.register_profile(
-    "random", max_examples=_MANY or 1, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    "random",
+    max_examples=100 * max(_TIMES, 1),
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
 )
-settings.load_profile("random" if _MANY else "fixed")
+settings.load_profile("random" if _TIMES else "fixed")
 
 
 def sampled(examples: int) -> settings:
-    """A property of which `examples` are tried in `make test`; the others are tried as often as hypothesis does it."""
-    return settings(max_examples=_MANY or examples)
+    """A property of which `examples` are tried in `make test`; of the others hypothesis tries 100."""
+    return settings(max_examples=examples * max(_TIMES, 1))

@@ -29,8 +29,8 @@ CAMPAIGNS = {
     "simulation": ["tests/simulation", "-m", "not drill"],
     "moments": ["-m", "drill"],
 }
-EXAMPLES = "20000"
-"""Random examples for each property, where HPCFT_EXAMPLES does not say otherwise (see tests/search.py)."""
+TIMES = "50"
+"""So many times the examples of `make test`, where HPCFT_SEARCH does not say otherwise (see tests/search.py)."""
 _NOTHING_FOUND = 5
 """pytest's exit status when no test was selected."""
 
@@ -54,7 +54,7 @@ def fly(campaign: str) -> Result:
         report = Path(name, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-rfEs", "--timeout=0", f"--junitxml={report}"]
         began = time.monotonic()
-        variables = {"HPCFT_EXAMPLES": EXAMPLES, **os.environ}
+        variables = {"HPCFT_SEARCH": TIMES, **os.environ}
         done = subprocess.run([*command, *CAMPAIGNS[campaign]], cwd=ROOT, env=variables, check=False)
         seconds = time.monotonic() - began
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []

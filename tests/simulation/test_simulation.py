@@ -1,6 +1,6 @@
 """The whole protocol under faults: what must hold whatever happens is checked by `cluster` all the time.
 
-`make test` runs a fixed sample. With HPCFT_EXAMPLES=100000 so many are searched at random.
+`make test` runs a fixed sample. With HPCFT_SEARCH=100 a hundred times as many are searched at random.
 """
 
 from __future__ import annotations
