@@ -370,13 +370,14 @@ def ckpt_ls_command(run: str | None, root: Path, as_json: bool) -> int:
 def ckpt_verify_command(run: str | None, root: Path, as_json: bool, step: int | None) -> int:
     """Read every byte and compare digests.
 
-    Exit code 16: something is damaged; the file, the place and the tensors are named.
+    Exit code 16: something is damaged; the file, the place and the tensors are named. Exit code 14: something could
+    not be read, and nothing else is damaged.
     """
     from hpcft import reports
 
     verification = reports.verify_checkpoints(_find(root, run), step)
     _print_json(verification.as_dict()) if as_json else click.echo(verification.text())
-    return ExitCode.OK if verification.sound else ExitCode.DAMAGED
+    return verification.exit_code
 
 
 @cli.command("stop")

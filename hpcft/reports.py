@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hpcft import status
 from hpcft.checkpoint import marks, read
 from hpcft.checkpoint.layout import QUARANTINE, CheckpointDamagedError, CheckpointEntry, Damage
-from hpcft.errors import NotFoundError, UnusableError
+from hpcft.errors import ExitCode, NotFoundError, UnusableError
 from hpcft.rundir import RunDirectory
 from hpcft.units import counted, human_duration, human_size
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ListedCheckpoint:
-    """`created` is in seconds since the epoch; what only the manifest knows is None where that is damaged."""
+    """`created` is in seconds since the epoch; what only the manifest knows is None where that cannot be used."""
 
     name: str
     step: int
@@ -41,6 +41,8 @@ class ListedCheckpoint:
     """Of a branch that the run has left: it goes on from here only when told to, with `--from`."""
     marks: tuple[str, ...]
     damage: str | None
+    unreadable: str | None
+    """Why it cannot be read, which says nothing about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Listing:
             notes = [*(["latest"] if each.name == self.latest else []), *each.marks]
             notes += ["of an abandoned branch"] if each.abandoned else []
             notes += [f"DAMAGED: {each.damage}"] if each.damage else []
+            notes += [f"cannot be read: {each.unreadable}"] if each.unreadable else []
             row = f"{each.step:>10}  {each.generation:>10}  {size:>10}  {age:>9}  {ranks:>5}  {', '.join(notes)}"
             yield row.rstrip()
         if self.quarantined:
@@ -84,33 +87,36 @@ def list_checkpoints(run: RunDirectory) -> Listing:
     for entry in reversed(read.entries(root)):
         mine = (marks.PINNED,) if entry.name in pinned else ()
         abandoned = entry.generation < generation and (entry.step, entry.generation) not in lineage
+        manifest = damage = unreadable = None
         try:
             manifest, _ = read.read_manifest(entry.directory)
         except NotFoundError:
             continue  # retired while we looked
         except CheckpointDamagedError as error:
             damage = "; ".join(map(str, error.damages))
-            listed.append(
-                ListedCheckpoint(
-                    entry.name, entry.step, entry.generation, None, None, None, None, abandoned, mine, damage
-                )
-            )
-            continue
+        except UnusableError as error:
+            unreadable = _reason(error)
         listed.append(
             ListedCheckpoint(
                 entry.name,
                 entry.step,
                 entry.generation,
-                manifest.created,
-                manifest.size,
-                manifest.world_size,
-                manifest.parent,
+                manifest.created if manifest else None,
+                manifest.size if manifest else None,
+                manifest.world_size if manifest else None,
+                manifest.parent if manifest else None,
                 abandoned,
                 mine,
-                None,
+                damage,
+                unreadable,
             )
         )
     return Listing(run.name, tuple(listed), _latest(root), _names(root / QUARANTINE))
+
+
+def _reason(error: UnusableError) -> str:
+    """Why a checkpoint cannot be read: its node cannot, or it is of another format."""
+    return error.reason if isinstance(error, read.UnreadableError) else error.message
 
 
 def _lineage(run: RunDirectory) -> tuple[int, set[tuple[int, int]]]:
@@ -127,7 +133,7 @@ def _lineage(run: RunDirectory) -> tuple[int, set[tuple[int, int]]]:
 def _latest(root: Path) -> str | None:
     try:
         latest = read.read_latest(root)
-    except CheckpointDamagedError:
+    except (CheckpointDamagedError, OSError):
         return None
     return latest.name if latest is not None else None
 
@@ -140,38 +146,63 @@ def _names(directory: Path) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Verification:
-    """Of each checkpoint, all that is wrong with it."""
+class VerifiedCheckpoint:
+    """Of one checkpoint, all that is wrong with what could be read of it."""
 
-    run: str
-    checkpoints: tuple[tuple[CheckpointEntry, tuple[Damage, ...]], ...]
+    entry: CheckpointEntry
+    damages: tuple[Damage, ...]
+    unreadable: str | None = None
+    """Why not all of it could be read."""
 
     @property
     def sound(self) -> bool:
-        return not any(damages for _, damages in self.checkpoints)
+        return not self.damages and self.unreadable is None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.entry.name,
+            "step": self.entry.step,
+            "generation": self.entry.generation,
+            "sound": self.sound,
+            "damages": [asdict(damage) for damage in self.damages],
+            "unreadable": self.unreadable,
+        }
+
+    def lines(self) -> Iterator[str]:
+        unreadable = f"cannot be read: {self.unreadable}"
+        if not self.damages:
+            yield f"{self.entry.name}: {'sound' if self.sound else unreadable}"
+            return
+        yield f"{self.entry.name}: DAMAGED"
+        yield from (f"  {damage}" for damage in self.damages)
+        if self.unreadable is not None:
+            yield f"  {unreadable}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    run: str
+    checkpoints: tuple[VerifiedCheckpoint, ...]
+
+    @property
+    def sound(self) -> bool:
+        return all(each.sound for each in self.checkpoints)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        if any(each.damages for each in self.checkpoints):
+            return ExitCode.DAMAGED
+        return ExitCode.OK if self.sound else ExitCode.UNUSABLE
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "run": self.run,
             "sound": self.sound,
-            "checkpoints": [
-                {
-                    "name": entry.name,
-                    "step": entry.step,
-                    "generation": entry.generation,
-                    "sound": not damages,
-                    "damages": [asdict(damage) for damage in damages],
-                }
-                for entry, damages in self.checkpoints
-            ],
+            "checkpoints": [each.as_dict() for each in self.checkpoints],
         }
 
     def text(self) -> str:
-        lines = []
-        for entry, damages in self.checkpoints:
-            lines.append(f"{entry.name}: {'DAMAGED' if damages else 'sound'}")
-            lines += [f"  {damage}" for damage in damages]
-        return "\n".join(lines)
+        return "\n".join(line for each in self.checkpoints for line in each.lines())
 
 
 def verify_checkpoints(run: RunDirectory, step: int | None) -> Verification:
@@ -190,9 +221,13 @@ def verify_checkpoints(run: RunDirectory, step: int | None) -> Verification:
     checked = []
     for entry in chosen:
         try:
-            checked.append((entry, tuple(read.verify(entry.directory, identity))))
+            checked.append(VerifiedCheckpoint(entry, tuple(read.verify(entry.directory, identity))))
         except NotFoundError:
             continue  # retired while we looked
+        except read.UnreadableError as error:
+            checked.append(VerifiedCheckpoint(entry, error.damages, _reason(error)))
+        except UnusableError as error:
+            checked.append(VerifiedCheckpoint(entry, (), _reason(error)))
     return Verification(run.name, tuple(checked))
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
@@ -49,7 +49,13 @@ _BUFFERS = 1024
 
 
 class UnreadableError(UnusableError):
-    """This node cannot read a file, which says nothing about the checkpoint."""
+    """This node cannot read a file, which says nothing about the checkpoint. `damages`: what was found beside it."""
+
+    def __init__(self, path: Path, error: OSError, damages: Iterable[Damage] = ()) -> None:
+        why = error.strerror or str(error)
+        super().__init__(f"{path} cannot be read: {why}", "check the permissions and the file system")
+        self.reason = f"{path.name}: {why}"
+        self.damages = tuple(damages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,24 +146,20 @@ def damage_of(file: str, error: OSError, directory: Path) -> Damage:
         except (FileNotFoundError, NotADirectoryError):
             there = False
         except OSError as trouble:
-            raise _unreadable(directory, trouble) from error
+            raise UnreadableError(directory, trouble) from error
         if not there:
             raise NotFoundError(f"there is no checkpoint {directory}", "`hpcft ckpt ls` lists them") from error
         missing = error.errno == errno.ENOENT
         return Damage(file, "it is missing" if missing else f"it cannot be read: {error.strerror}")
-    raise _unreadable(directory / file, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> UnreadableError:
-    return UnreadableError(
-        f"{path} cannot be read: {error.strerror or error}", "check the permissions and the file system"
-    )
+    raise UnreadableError(directory / file, error) from error
 
 
 def verify(
     directory: Path, run: RunId | None = None, progress: Callable[[int], None] = lambda nbytes: None
 ) -> list[Damage]:
     """Reads every byte of a checkpoint and says all that is wrong with it; an empty list: nothing.
+
+    UnreadableError: some of it could not be read, all else was; its `damages` are what is wrong with that.
 
     The bytes are asked of the storage where the page cache can be told to forget them; only another node can be
     sure of that on a network file system. `progress` is told the bytes read since the last call.
@@ -168,7 +170,12 @@ def verify(
         return list(error.damages)
     damages = _damages(directory, manifest, progress)
     known = {MANIFEST, *(entry.name for entry in manifest.files)}
-    others = sorted({path.name for path in directory.iterdir()} - known)
+    try:
+        others = sorted({path.name for path in directory.iterdir()} - known)
+    except FileNotFoundError as error:
+        return [*damages, damage_of(MANIFEST, error, directory)]
+    except OSError as error:
+        raise UnreadableError(directory, error, damages) from error
     damages += [Damage(name, "it is no part of the checkpoint") for name in others]
     return damages
 
@@ -183,7 +190,20 @@ def losses(directory: Path, run: RunId | None = None) -> list[Damage]:
 
 
 def _damages(directory: Path, manifest: Manifest, progress: Callable[[int], None]) -> list[Damage]:
-    return [damage for entry in manifest.files for damage in _verify_file(directory, entry, progress)]
+    damages: list[Damage] = []
+    unreadable: UnreadableError | None = None
+    for entry in manifest.files:
+        try:
+            damages.extend(_verify_file(directory, entry, progress))  # what was found before an error stays
+        except OSError as error:
+            try:
+                damages.append(damage_of(entry.name, error, directory))
+            except UnreadableError as trouble:
+                unreadable = unreadable or trouble
+    if unreadable is not None:
+        unreadable.damages = tuple(damages)
+        raise unreadable
+    return damages
 
 
 def quarantine(directory: Path, reason: str) -> Path | None:
@@ -254,18 +274,16 @@ def chunk_damage(entry: FileEntry, chunk: int, length: int, buffers: Iterable[me
     return None
 
 
-def _verify_file(directory: Path, entry: FileEntry, progress: Callable[[int], None]) -> list[Damage]:
-    damages: list[Damage] = []
-    try:
-        fd = os.open(directory / entry.name, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        return [damage_of(entry.name, error, directory)]
+def _verify_file(directory: Path, entry: FileEntry, progress: Callable[[int], None]) -> Iterator[Damage]:
+    fd = os.open(directory / entry.name, os.O_RDONLY | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
+        sound = True
         if damage := stat_damage(entry, found):
-            damages.append(damage)
+            sound = False
+            yield damage
             if not S_ISREG(found.st_mode):
-                return damages
+                return
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         buffer = memoryview(bytearray(min(CHUNK_BYTES, entry.size)))
         for chunk in range(len(entry.digests)):
@@ -273,18 +291,15 @@ def _verify_file(directory: Path, entry: FileEntry, progress: Callable[[int], No
             if start >= found.st_size:
                 break  # said above
             view = buffer[: min(CHUNK_BYTES, entry.size - start)]
-            try:
-                length = read_chunk(fd, [view], start)
-            except OSError as error:
-                return [*damages, damage_of(entry.name, error, directory)]
+            length = read_chunk(fd, [view], start)
             progress(length)
             if damage := chunk_damage(entry, chunk, length, [view]):
-                damages.append(damage)
-        if not damages:
-            damages += _contradictions(fd, entry)
+                sound = False
+                yield damage
+        if sound:
+            yield from _contradictions(fd, entry)
     finally:
         os.close(fd)
-    return damages
 
 
 def _contradictions(fd: int, entry: FileEntry) -> list[Damage]:

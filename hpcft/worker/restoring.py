@@ -36,7 +36,7 @@ def put_back(directory: Path, objects: Mapping[str, Stateful], run: RunId | None
     try:
         loaded = load(directory, run=run)
     except OSError as error:
-        raise UnreadableError(f"{directory} cannot be read: {error.strerror or error}") from error
+        raise UnreadableError(directory, error) from error
     state = unflatten(loaded)
     own = state.pop(OWN, None)
     if not isinstance(own, dict) or not isinstance(own.get("step"), int):

@@ -19,6 +19,7 @@ import orjson
 import pytest
 
 from hpcft import status
+from hpcft.checkpoint.layout import seal
 from hpcft.cli import cli
 from hpcft.data.batches import Position, advance, global_batch, slice_for
 from hpcft.data.ledger import LedgerWriter, ledger_path
@@ -382,6 +383,24 @@ def test_a_ledger_that_is_not_exact_is_damage(tmp_path: Path) -> None:
         done = hpcft("ledger", *more, cwd=tmp_path)
         assert done.returncode == 16, done.stderr
     assert json.loads(done.stdout)["exact"] is False
+
+
+# --- checkpoints ---
+
+
+def test_a_checkpoint_that_cannot_be_read_is_listed_and_is_no_damage(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", "one")
+    directory = run.checkpoints / "step-00000001-g0001"
+    directory.mkdir()
+    (directory / "manifest.json").write_bytes(seal("manifest", {"format": 2}))
+    done = hpcft("ckpt", "ls", cwd=tmp_path)
+    assert done.returncode == 0 and "cannot be read: the checkpoint has format 2" in done.stdout
+    for more in ([], ["--json"]):
+        done = hpcft("ckpt", "verify", *more, cwd=tmp_path)
+        assert done.returncode == 14, done.stderr
+    assert "format 2" in json.loads(done.stdout)["checkpoints"][0]["unreadable"]
+    (directory / "manifest.json").write_bytes(b"")
+    assert hpcft("ckpt", "verify", cwd=tmp_path).returncode == 16
 
 
 # --- what is there no more ---

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -11,8 +14,9 @@ from checkpoint_samples import RUN, committed, pin
 
 from hpcft import reports
 from hpcft.checkpoint import read
+from hpcft.checkpoint.layout import seal, unseal
 from hpcft.data.account import EpochReport, LedgerReport
-from hpcft.errors import NotFoundError
+from hpcft.errors import ExitCode, NotFoundError
 from hpcft.rundir import RunDirectory
 
 
@@ -102,6 +106,91 @@ def test_a_checkpoint_of_another_run_does_not_pass(run: RunDirectory) -> None:
     committed(run.checkpoints, 100)
     run.identity.write_bytes(orjson.dumps({"id": "another", "name": "run"}))
     assert not reports.verify_checkpoints(run, None).sound
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    """As a bad sector, or another user's directory, makes it."""
+    opened, read_bytes = os.open, Path.read_bytes
+
+    def refuse(path: object) -> None:
+        if Path(str(path)) == file:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    def opening(path: object, *more: Any, **others: Any) -> int:
+        refuse(path)
+        return opened(path, *more, **others)  # type: ignore[call-overload]
+
+    def reading(path: Path) -> bytes:
+        refuse(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(Path, "read_bytes", reading)
+
+
+def test_a_checkpoint_that_cannot_be_read_hides_no_other(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (100, 200, 300):
+        committed(run.checkpoints, step)
+    unreadable(monkeypatch, run.checkpoints / "step-00000200-g0001" / "manifest.json")
+    listing = reports.list_checkpoints(run)
+    assert [(each.step, each.unreadable, each.damage) for each in listing.checkpoints] == [
+        (300, None, None), (200, "manifest.json: Input/output error", None), (100, None, None),
+    ]  # fmt: skip
+    assert listing.text().splitlines()[2].endswith("?  cannot be read: manifest.json: Input/output error")
+    assert listing.as_dict()["checkpoints"][1]["unreadable"] == "manifest.json: Input/output error"
+
+    verification = reports.verify_checkpoints(run, None)
+    assert (verification.sound, verification.exit_code) == (False, ExitCode.UNUSABLE)
+    assert verification.text().splitlines() == [
+        "step-00000300-g0001: sound",
+        "step-00000200-g0001: cannot be read: manifest.json: Input/output error",
+        "step-00000100-g0001: sound",
+    ]
+    (entry,) = [each for each in verification.as_dict()["checkpoints"] if each["step"] == 200]
+    assert (entry["sound"], entry["damages"]) == (False, [])
+    assert entry["unreadable"] == "manifest.json: Input/output error"
+
+    flip(run.checkpoints / "step-00000100-g0001" / "state.json", 40)
+    assert reports.verify_checkpoints(run, None).exit_code == ExitCode.DAMAGED
+    assert reports.verify_checkpoints(run, 300).exit_code == ExitCode.OK
+
+
+def test_what_is_damaged_beside_what_cannot_be_read_is_named(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = committed(run.checkpoints, 100).directory
+    shards = sorted(directory.glob("shard-*.safetensors"))
+    flip(shards[0], shards[0].stat().st_size - 1)
+    flip(shards[2], shards[2].stat().st_size - 1)
+    unreadable(monkeypatch, shards[1])
+    verification = reports.verify_checkpoints(run, None)
+    assert verification.exit_code == ExitCode.DAMAGED
+    title, first, last, other = verification.text().splitlines()
+    assert title == "step-00000100-g0001: DAMAGED"
+    assert first.startswith(f"  {shards[0].name}, chunk 0: ") and last.startswith(f"  {shards[2].name}, chunk 0: ")
+    assert other == f"  cannot be read: {shards[1].name}: Input/output error"
+
+
+def test_a_checkpoint_of_another_format_hides_no_other(run: RunDirectory) -> None:
+    for step in (100, 200):
+        committed(run.checkpoints, step)
+    manifest = run.checkpoints / "step-00000200-g0001" / "manifest.json"
+    body, _ = unseal("manifest", manifest.read_bytes())
+    manifest.write_bytes(seal("manifest", body | {"format": 2}))
+    newer, known = reports.list_checkpoints(run).checkpoints
+    assert newer.unreadable is not None and "has format 2, this version of hpcft reads format 1" in newer.unreadable
+    assert (newer.damage, known.unreadable) == (None, None)
+    verification = reports.verify_checkpoints(run, None)
+    assert verification.exit_code == ExitCode.UNUSABLE
+    assert "step-00000200-g0001: cannot be read: the checkpoint has format 2" in verification.text()
+    assert "step-00000100-g0001: sound" in verification.text()
+
+
+def test_a_hint_that_cannot_be_read_hides_nothing(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed(run.checkpoints, 100)
+    unreadable(monkeypatch, run.checkpoints / "LATEST")
+    listing = reports.list_checkpoints(run)
+    assert (listing.latest, len(listing.checkpoints)) == (None, 1)
 
 
 def test_a_step_without_checkpoint_is_said_with_those_that_have_one(run: RunDirectory) -> None:
