@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 
-from hpcft import events
+from hpcft import cadence, events
 from hpcft.events import (
     Confirm,
     Event,
@@ -13,12 +13,14 @@ from hpcft.events import (
     FailureKind,
     Formation,
     NodeHeard,
+    NodeReported,
     PeerAnswered,
     Probe,
     Progressed,
     Reach,
     Termination,
     WorkerFailed,
+    WorkerReport,
     WorkerReturned,
     WorkersReady,
     WorkerStopped,
@@ -56,6 +58,7 @@ SEEK_SECONDS = 0.5
 FIRST_CLAIM_TURN_SECONDS = 10.0
 DIAL_SECONDS = 5.0
 PROBE_SECONDS = 1.5
+REPORT_SECONDS = 1.0
 
 
 class Link:
@@ -91,11 +94,13 @@ class SimulatedAgent(Process):
         self._since = 0.0
         self._beat_at = 0.0
         self._voted = Term(0), Generation(0)
+        self._claiming = False
 
     def live(self) -> None:
         self.machine.lease_until = None
         self._attend()
         self._seek()
+        self._report_workers()
 
     def now(self) -> float:
         return self.machine.now()
@@ -147,7 +152,7 @@ class SimulatedAgent(Process):
             self._dial(holder)
         if self.links and not self.cluster.succession:
             return
-        if self.leader is not None or (holder is not None and holder.term in self.links):
+        if self._claiming or self.leader is not None or (holder is not None and holder.term in self.links):
             return
         claims, _ = may_claim(
             holder=holder.node if holder is not None else None,
@@ -162,10 +167,12 @@ class SimulatedAgent(Process):
             term = Term(holder.term + 1 if holder is not None else 1)
             record = TermRecord(term, self.machine.name, self.incarnation, "", 0, str(self.start))
             disk = self.cluster.disk
-            self.disk(lambda: disk.claim(record), lambda won: self._preside(record) if won else None)
+            self._claiming = True
+            self.disk(lambda: disk.claim(record), lambda won: self._claimed(record, won))
 
-    def _preside(self, record: TermRecord) -> None:
-        if self.leader is None:
+    def _claimed(self, record: TermRecord, won: bool) -> None:
+        self._claiming = False
+        if won:
             self.leader = self.cluster.lead(self, record)
 
     def _dial(self, record: TermRecord) -> None:
@@ -260,7 +267,7 @@ class SimulatedAgent(Process):
                     self.cluster.look()
                 case SaveAt(step, stop):
                     if machine.crew is not None:
-                        machine.crew.save_at = (step, stop)
+                        self._order(machine.crew, cadence.Order(step, stop))
                 case LookAt(probe):
                     self._look_at(probe)
                 case Fence(reason):
@@ -274,6 +281,16 @@ class SimulatedAgent(Process):
                     self.cluster.end_agent(self, "retired")
                 case _:
                     assert_never(effect)
+
+    def _order(self, crew: Crew, order: cadence.Order) -> None:
+        changed, crew.page_order = order != crew.page_order, order
+        if not crew.holding or not changed:
+            return
+        if order == cadence.LET_GO:
+            self.timer(0.1, lambda: self.left(crew, returned=False))
+        else:
+            crew.holding = False
+            crew.see_order()
 
     def _look_at(self, probe: Probe) -> None:
         network, machine = self.cluster.network, self.machine
@@ -346,6 +363,14 @@ class SimulatedAgent(Process):
                 self.report(crew, WorkerStopped(name, generation, rank))
         crew.ranks.clear()
         crew.ended = True
+
+    def _report_workers(self) -> None:
+        crew = self.machine.crew
+        member = crew.formation.member(self.machine.name) if crew is not None else None
+        if crew is not None and member is not None and not crew.muted:
+            workers = (WorkerReport(rank, 0, crew.phase, crew.step, 0.0, None, None, None) for rank in member.ranks())
+            self.say(NodeReported(self.machine.name, crew.formation.generation, tuple(workers)))
+        self.timer(REPORT_SECONDS, self._report_workers)
 
     def _beat(self) -> None:
         at = self.now()

@@ -391,6 +391,7 @@ class Cluster:
             crew.ready and len(crew.ranks) == machine.workers and machine.trains() == world
             for crew, machine in zip(mine, machines, strict=True)
         )
+        complete = complete and not any(crew.holding for crew in mine)  # the others wait in their next step
         joined = all(self.network.reachable(machines[0].name, other.name) for other in machines)
         if complete and joined:
             for machine, member in zip(machines, mine, strict=True):
@@ -429,16 +430,23 @@ class Cluster:
         agent = machine.agent
         if agent is None or not agent.alive:
             return
-        crew.step = Step(crew.step + 1)
+        crew.step = step = Step(crew.step + 1)
         agent.progressed(crew)
-        stops = crew.save_at is not None and crew.save_at[1] and crew.step >= crew.save_at[0]
-        final = crew.step >= self.shape.total_steps
-        if final or stops or crew.step % SAVE_EVERY == 0:
-            agent.timer(self.random.uniform(0.02, 0.2), lambda: self._save(machine, crew, agent, crew.step))
-        if final or stops:
-            agent.timer(0.3, lambda: agent.left(crew, returned=final))
+        crew.see_order()
+        final = step >= self.shape.total_steps
+        ordered = crew.order is not None and crew.order.step == step
+        if final or ordered or step % SAVE_EVERY == 0:
+            crew.saving = True
+            agent.timer(self.random.uniform(0.02, 0.2), lambda: self._save(machine, crew, agent, step))
+        if final:
+            agent.timer(0.3, lambda: agent.left(crew, returned=True))
+        elif ordered and crew.order is not None and crew.order.stop:
+            crew.holding = True
+            if not crew.waits:
+                agent.timer(0.3, lambda: agent.left(crew, returned=False))
 
     def _save(self, machine: Machine, crew: Crew, agent: SimulatedAgent, step: Step) -> None:
+        crew.saving = False
         failed = "" if machine.disk_reachable else "the run directory does not answer"
         agent.saved(crew, Shard(machine.name, crew.formation.generation, step, failed))
 

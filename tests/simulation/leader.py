@@ -48,6 +48,7 @@ from hpcft.journal import is_journaled
 from hpcft.leader import PLENTIFUL
 from hpcft.membership import may_lead
 from hpcft.terms import TermLease, TermRecord
+from hpcft.units import Never
 from hpcft.world import Phase, World, apply, takes_over
 from tests.simulation.machine import JournalFile, Shard, Signalled
 from tests.simulation.network import Connection, End
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
 
 TICK_SECONDS = 0.25
 DECISIONS_PER_EVENT = 64
-SAVE_LEAD_SECONDS = 0.6
 COMMIT_SECONDS = 0.1
 LEAVE_SECONDS = 20.0
 """Between a signal of Slurm's and the end of all processes."""
@@ -88,7 +88,9 @@ class SimulatedLeader:
         self.streams: dict[NodeId, tuple[End, Connection]] = {}
         self._formation: Formation | None = None
         self._shards: dict[Step, set[NodeId]] = {}
-        self._save_order: tuple[Step, bool] | None = None
+        self._settled: set[Step] = set()
+        self._saving = cadence.Saving()
+        self._pace = cadence.Pace()
         self._signalled: set[Termination] = set()
         self.gone = False
         self.decisions = 0
@@ -196,7 +198,8 @@ class SimulatedLeader:
                 self.cluster.proposed(self, formation)
                 self._formation = formation
                 self._shards = {}
-                self._save_order = None
+                self._settled = set()
+                self._saving = cadence.Saving(told_at=self.now())
                 self._renewal_wanted = self.agent.now()
                 self._renew(again=False)
                 self._broadcast(Prepare(formation))
@@ -212,7 +215,8 @@ class SimulatedLeader:
                 if stream is not None:
                     stream[1].close(stream[0])
             case SaveAndStop():
-                self._order_save(stop=True)
+                last = self._saving.ordered(self.world, self._pace, self.now(), stop=True)
+                self._stand_by(last, last.order)
             case HaltWorkers(generation):
                 self._broadcast(Halt(self.record.term, generation))
             case Quarantine(checkpoint, detail):
@@ -359,32 +363,33 @@ class SimulatedLeader:
             self.agent.timer(LEAVE_SECONDS / 2, self._watch_limit)
 
     def _keep_cadence(self) -> None:
-        world = self.world
-        if world.formation is None or world.training_since is None or self._save_order is None:
-            return
-        step, stop = self._save_order
-        if world.step > step and (stop or world.restore is None or world.restore.step < step):
-            self._order_save(stop=stop)
+        now = self.now()
+        self._pace = self._pace.seen(self.world, now)
+        saving, told = self._saving.next(self.world, self._pace, now, Never(), self._settled.__contains__)
+        self._stand_by(saving, told)
 
-    def _order_save(self, *, stop: bool) -> None:
+    def _stand_by(self, saving: cadence.Saving, told: cadence.Order | None) -> None:
+        former, self._saving = self._saving, saving
         formation = self.world.formation
-        if formation is None:
+        if told is None or formation is None:
             return
-        step = cadence.meeting_step(self.world, cadence.Pace(), self.now(), SAVE_LEAD_SECONDS)
-        self._save_order = (step, stop)
-        self._broadcast(OrderSave(self.record.term, formation.generation, step, stop))
+        if former.order is not None and saving.order is not None and former.order.step != saving.order.step:
+            self._settled.add(former.order.step)
+        self._broadcast(OrderSave(self.record.term, formation.generation, told.step, told.stop))
 
     def _shard(self, shard: Shard) -> None:
         formation = self._formation
-        if formation is None or formation.generation != shard.generation:
+        if formation is None or formation.generation != shard.generation or shard.step in self._settled:
             return
         if shard.failed:
+            self._settled.add(shard.step)
             self.feed(CheckpointFailed(shard.step, formation.generation, shard.failed))
             return
         reported = self._shards.setdefault(shard.step, set())
         reported.add(shard.node)
         if len(reported) < len(formation.members):
             return
+        self._settled.add(shard.step)
         checkpoint = CheckpointRef(shard.step, formation.generation)
 
         def commit() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from hpcft import cadence
 from hpcft.events import CheckpointRef, Event, Formation, Termination, Verdict
 from hpcft.ids import Generation, NodeId, Rank, Step, Term
 from hpcft.terms import TermLease, TermRecord
@@ -68,10 +69,28 @@ class Crew:
     """Living ones."""
     ready: bool = False
     step: Step = Step(0)
-    save_at: tuple[Step, bool] | None = None
+    page_order: cadence.Order | None = None
+    """What the agent has written into the page; read at the end of a step, as `worker.run` does it."""
+    order: cadence.Order | None = None
+    holding: bool = False
+    """It has saved where it is to stop, and waits for the leader's word."""
+    saving: bool = False
     ended: bool = False
     muted: bool = False
     """The agent ends them on purpose: what becomes of them is no news."""
+
+    waits: ClassVar[bool] = True
+    """False only in a mutant: whoever has saved last ends at once."""
+
+    @property
+    def phase(self) -> str:
+        return "done" if self.ended else "checkpoint" if self.holding or self.saving else "train"
+
+    def see_order(self) -> None:
+        """For whom the step is over, the order does not exist."""
+        order = self.page_order
+        if order is not None and order != cadence.LET_GO:
+            self.order = order if order.step >= self.step else None
 
     @property
     def world(self) -> tuple[Term, Generation]:

@@ -136,6 +136,18 @@ class Network:
                 connection.unreachable_since = self.clock.now
                 self._run_out(connection, self.clock.now)
 
+    def break_connections(self, machine: Machine) -> None:
+        """All of this machine's, with what is on its way: a middlebox has forgotten them."""
+        for connection in list(self.connections):
+            ends = connection.ends
+            if (
+                any(end.process.machine is machine for end in ends)
+                and ends[0].process.machine is not ends[1].process.machine
+            ):
+                for end in ends:
+                    end.coming.clear()
+                    connection.drop(end, "reset")
+
     def _later(self, seconds: float, connection: Connection, end: End) -> None:
         self.clock.after(seconds, lambda: connection.drop(end, "reset"))
 

@@ -6,17 +6,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import Phase as Search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcft.events import Outcome
-from hpcft.world import Phase
+from hpcft import cadence
+from hpcft.events import Outcome, Termination
+from hpcft.world import Phase, World
 from tests.search import sampled
 from tests.simulation.cluster import Cluster, Shape, Violation
 from tests.simulation.faults import Fault, Kind, faults, shapes, simulate
+from tests.simulation.machine import Crew
 from tests.simulation.mutants import MUTANTS
 
 
@@ -105,3 +109,80 @@ def test_many_simulated_seconds_in_a_real_one() -> None:
     (leader,) = cluster.leaders.values()
     assert leader.world.phase is Phase.RUNNING
     assert cluster.steps > 500
+
+
+# --- the last checkpoint of a start
+
+
+def leave(shape: Shape, at: float, breaks: list[tuple[float, int]]) -> None:
+    """A time limit in a world that trains undisturbed, but for streams that break; raises `Violation`."""
+    cluster = Cluster(shape)
+    clock = cluster.clock
+    clock.run_until(at)
+    (leader,) = cluster.leaders.values()
+    step = leader.world.step
+    assert leader.world.phase is Phase.RUNNING and step > 0
+    lives = {machine.agent.incarnation for machine in cluster.machines.values() if machine.agent is not None}
+    cluster.narrate("the time limit is near")
+    cluster.slurm.signal(Termination.TIME_LIMIT)
+    for after, node in breaks:
+        machine = cluster.machines[list(cluster.machines)[node % shape.nodes]]
+        clock.after(after, lambda machine=machine: cluster.network.break_connections(machine))  # type: ignore[misc]
+    clock.run_until(clock.now + 60.0, lambda: cluster.verdict is not None or cluster.slurm.ending)
+    if {machine.agent.incarnation for machine in cluster.machines.values() if machine.agent is not None} - lives:
+        return  # so long without a confirmation that a lease was over
+    restore = leader.world.restore
+    if restore is None or restore.step < step or restore.generation != leader.world.generation:
+        cluster.violate(f"no last checkpoint was made after step {step}: there is {restore}")
+    if len({machine.crew.step for machine in cluster.machines.values() if machine.crew is not None}) > 1:
+        cluster.violate("somebody has trained on after the last checkpoint")
+
+
+LEAVES = st.tuples(
+    st.builds(
+        Shape,
+        nodes=st.integers(2, 5),
+        minimum=st.just(1),
+        seed=st.integers(0, 2**32),
+        slowness=st.sampled_from([0.02, 0.3, 0.9]),
+        repeats=st.sampled_from([0.0, 0.3]),
+        disk_seconds=st.sampled_from([0.02, 0.5]),
+    ),
+    st.integers(150, 250).map(lambda tenths: tenths / 10),
+    st.lists(st.tuples(st.integers(0, 40).map(lambda tenths: tenths / 10), st.integers(1, 4)), max_size=3),
+)
+
+
+@sampled(200)
+@given(LEAVES)
+def test_the_last_checkpoint_is_made_however_late_its_order_reaches_a_node(
+    case: tuple[Shape, float, list[tuple[float, int]]],
+) -> None:
+    leave(*case)
+
+
+def told_once(
+    self: cadence.Saving, world: World, pace: Any, now: float, every: Any, settled: Any
+) -> tuple[cadence.Saving, cadence.Order | None]:
+    """Repeats an order only for a rank that has missed it."""
+    saving, told = NEXT(self, world, pace, now, every, settled)
+    return saving, None if told == self.order else told
+
+
+NEXT = cadence.Saving.next
+WITHOUT = {
+    "orders are not told again": patch.object(cadence.Saving, "next", told_once),
+    "nobody looks for ranks that have missed it": patch.object(cadence, "missed", lambda *a, **k: False),
+    "nobody waits for the others": patch.object(Crew, "waits", False),
+}
+
+
+@pytest.mark.parametrize("mutant", sorted(WITHOUT))
+def test_without_it_the_last_checkpoint_is_missed(mutant: str) -> None:
+    @settings(max_examples=300, deadline=None, database=None, derandomize=True, phases=[Search.generate])
+    @given(LEAVES)
+    def look(case: tuple[Shape, float, list[tuple[float, int]]]) -> None:
+        leave(*case)
+
+    with WITHOUT[mutant], pytest.raises(Violation):
+        look()
