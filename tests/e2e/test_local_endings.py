@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hpcft import process
+from hpcft.checkpoint import read
 from tests.e2e.localrun import LocalRun, command, exact
 
 pytestmark = [pytest.mark.local, pytest.mark.timeout(600)]
@@ -106,38 +107,43 @@ def test_a_signal_is_heeded_though_nobody_leads_when_it_comes(tmp_path: Path) ->
 
 
 def test_budgets_survive_the_end_of_a_start(tmp_path: Path) -> None:
-    strikes = ("1 3 1 raise", "3 35 2 exit")
-    settings = {**exact(tmp_path / "digest", strikes=strikes, pause=0.1), "recovery.user_failures": 1}
+    settings = {
+        **exact(tmp_path / "digest", strikes=("1 3 1 raise",), pause=0.1),
+        "train.steps": 10_000,
+        "recovery.user_failures": 1,
+    }
     with LocalRun(tmp_path, settings).start() as run:
         run.until_recorded(12, generation=2)
         run.send(signal.SIGTERM)
         status = run.ends(12)
         assert used(status, "user code") == 1
-    assert status["step"] < 35
-    with run.start():
+    strike = f"3 {status['step'] + 3} 2 exit"
+    with run.start("--set", f"train.strikes={[strike]}"):
         status = run.ends(11)
     assert used(status, "user code") == 2
     assert "2 failures of user code within 3600 s, 1 are allowed" in run.said()
 
 
 def test_a_save_that_fails_is_an_incident_and_training_goes_on(tmp_path: Path, undisturbed: Any) -> None:
-    out = tmp_path / "digest"
-    with LocalRun(tmp_path, exact(out, pause=0.2)).start() as run:
-        status = run.until("a checkpoint", lambda found: bool(found["checkpoints"]))
-        first = status["checkpoints"][-1]["step"]
+    out, brake = tmp_path / "digest", tmp_path / "brake"
+    brake.touch()
+    with LocalRun(tmp_path, {**exact(out, pause=0.6), "train.brake": str(brake)}).start() as run:
+        run.until("a checkpoint", lambda found: bool(found["checkpoints"]))
         checkpoints, away = run.directory / "checkpoints", run.directory / "away"
         checkpoints.rename(away)
         checkpoints.write_text("this is no directory")
+        last = max(entry.step for entry in read.entries(away))
         status = run.until("an incident", lambda found: bool(found["incidents"]))
         checkpoints.unlink()
         away.rename(checkpoints)
+        brake.unlink()
         incident = status["incidents"][0]
         assert incident["cause"] == "checkpoint failed" and incident["steps_lost"] == 0
         assert "checkpoints" in incident["culprit"], "the reason names what cannot be used"
         status = run.ends(0)
     assert status["generation"] == 1, "no worker has noticed anything"
     assert [each["step"] for each in status["checkpoints"]][-1] == STEPS
-    assert first + 10 not in [each["step"] for each in status["checkpoints"]]
+    assert last + 10 not in [each["step"] for each in status["checkpoints"]]
     assert out.read_text() == undisturbed.digest
     run.assert_exact(STEPS)
     assert command("ckpt", "verify", run.directory).returncode == 0

@@ -42,7 +42,7 @@ def test_a_lost_node_leaves_the_others_training_on_uneven_slices(tmp_path: Path)
         status = run.ends(0)
     assert status["world_size"] == 4 and [each["node"] for each in status["nodes"]] == ["node1", "node2"]
     assert [each["cause"] for each in status["incidents"]] == ["node lost"]
-    assert "node3" in status["incidents"][0]["culprit"]
+    assert status["incidents"][0]["culprit"] == "node3 is gone: all its processes have ended"
     report = run.assert_exact(20)
     assert [each.world_size for each in report.generations] == [6, 4]
     assert report.generations[1].restored_step == 5
@@ -140,7 +140,7 @@ def test_a_stopped_agent_has_no_workers_when_others_train_on(tmp_path: Path) -> 
         os.kill(stopped, signal.SIGSTOP)
         at = time.time()
         status = run.trains(generation=2)
-        begun = min(path.stat().st_mtime for path in ledger.glob("g0002-*"))
+        begun = ledger.stat().st_mtime  # the second world's only file was created before its first step
         last = max(path.stat().st_mtime for path in ledger.glob("g0001-*"))
         assert process.state_of(stopped) == "T", "it has been stopped all the time"
         assert process.state_of(victim) in ("", "Z")
