@@ -48,6 +48,7 @@ from hpcft.events import (
     NodeHeard,
     NodeJoined,
     NodeReported,
+    Outcome,
     PeerAnswered,
     Progressed,
     Propose,
@@ -435,6 +436,9 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
     before = world.generation, world.step
     world = _give_up_generation(world)
     world = _close_generation(world, world.restore.step if world.restore else Step(0), now)
+    # an operator who submits it again has mended something, or takes the blame; Slurm's requeue has not
+    anew = job_of(event.allocation) != job_of(world.allocation)
+    gave_up = world.verdict is not None and world.verdict.outcome is Outcome.FAILED
     # whoever has written a verdict had written everything before it
     complete = event.term == world.term + 1 and (world.term == 0 or world.verdict is not None)
     fresh = World(
@@ -453,12 +457,11 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
         checkpoints=world.checkpoints,
         saved=world.saved,
         incidents=world.incidents,
-        spent=world.spent,
+        spent=() if anew and gave_up else world.spent,
         strikes=world.strikes,
         total_steps=world.total_steps,
         known_bugs=world.known_bugs,
-        # an operator who starts it anew has mended something; Slurm's requeue has not
-        fruitless=world.fruitless if job_of(event.allocation) == job_of(world.allocation) else 0,
+        fruitless=0 if anew else world.fruitless,
         high_step=world.high_step,
         starts=world.starts + (event.allocation != world.allocation),
         undone=world.undone,
