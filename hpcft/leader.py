@@ -64,7 +64,7 @@ from hpcft.ids import Generation, NodeId, Rank, RunId, Step
 from hpcft.journal import PROGRESS_LINES_PER_SECOND, PROGRESS_SECONDS, Journal, Replayed
 from hpcft.membership import may_lead
 from hpcft.notices import JobControl, Notices
-from hpcft.operators import spooled
+from hpcft.operators import obeyed, spooled
 from hpcft.policy import Rules, decide
 from hpcft.reception import Message, Reception, order_message
 from hpcft.renewal import Renewal
@@ -515,8 +515,10 @@ class Leader:
         spool, job = self._office.directory.spool, job_of(self._office.allocation)
         while True:
             await asyncio.to_thread(self._publish_status)
-            for command in await asyncio.to_thread(lambda: list(spooled(spool, job))):
+            for path, command in await asyncio.to_thread(lambda: list(spooled(spool, job))):
                 self.command(command)
+                await self._sync_journal()  # a later leader obeys it, too
+                await asyncio.to_thread(obeyed, path)
             await asyncio.sleep(STATUS_SECONDS)
 
     def _publish_status(self) -> None:

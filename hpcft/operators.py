@@ -8,6 +8,7 @@ else can write into the spool. Should somebody be able to (an ACL, say), a file 
 from __future__ import annotations
 
 import asyncio
+import errno
 import getpass
 import logging
 import os
@@ -90,28 +91,48 @@ async def _send(run: RunDirectory, command: dict[str, Any]) -> dict[str, Any]:
         await connected.wait_closed()
 
 
-def spooled(spool: Path, job: str) -> Iterator[dict[str, Any]]:
-    """The commands for `job` that lie in the spool, each taken out once. Blocks on the file system; the leader's thread.
+def spooled(spool: Path, job: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The commands for `job` that lie in the spool, each with its file, which goes when it has been obeyed.
 
-    Those for an earlier job, which nobody was there to obey, are removed.
+    What is for an earlier job, which nobody was there to obey, is removed, and so is whatever is no command. Blocks on
+    the file system; the leader's thread.
     """
     for path in sorted(spool.glob("*.json")):
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            with os.fdopen(descriptor, "rb") as file:
-                owner = os.fstat(descriptor).st_uid
-                raw = file.read() if owner == os.geteuid() else b"null"
-            path.unlink()
-            if owner != os.geteuid():
-                log.warning("the command %s was removed unread: it belongs to user %d", path, owner)
+            command, flaw = _read(path)
+            if not flaw and command.get("job") not in (None, job):
+                flaw = f"it is for job {command['job']}, which is over"
+            if not flaw:
+                yield path, command
                 continue
-            command = orjson.loads(raw)
-        except (OSError, ValueError) as error:
+            path.unlink()
+            log.warning("the command %s is removed: %s", path, flaw)
+        except OSError as error:
             log.warning("the command %s cannot be read: %s", path, error)
-            continue
-        if not isinstance(command, dict):
-            continue
-        if command.get("job") not in (None, job):
-            log.warning("the command %s is for job %s, which is over: it was removed", path, command["job"])
-            continue
-        yield command
+
+
+def obeyed(path: Path) -> None:
+    """The command that lay there needs not be read again; all commands may be obeyed twice."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("the command %s cannot be removed: %s", path, error)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    """What the file says, and what is wrong with it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return {}, "it is a symbolic link"
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        owner = os.fstat(descriptor).st_uid
+        if owner != os.geteuid():
+            return {}, f"it belongs to user {owner}"
+        try:
+            command = orjson.loads(file.read())
+        except ValueError as error:
+            return {}, str(error)
+    return (command, "") if isinstance(command, dict) else ({}, "it is no JSON object")

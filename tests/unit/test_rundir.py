@@ -177,14 +177,14 @@ def test_a_command_of_somebody_else_is_none(tmp_path: Path) -> None:
         path.write_bytes(orjson.dumps({"do": "stop", "by": name}))
         os.chown(path, owner, -1)
     (run.spool / "c.json").symlink_to(run.identity)
-    assert [each["by"] for each in spooled(run.spool, "7")] == ["b"]
+    assert [(path.name, each["by"]) for path, each in spooled(run.spool, "7")] == [("b.json", "b")]
     assert not (run.spool / "a.json").exists()
-    assert list(spooled(run.spool, "7")) == []
+    assert [path.name for path in run.spool.iterdir()] == ["b.json"], "it goes when it has been obeyed"
 
 
 def test_a_command_for_a_job_that_is_over_is_not_obeyed_by_the_next(tmp_path: Path) -> None:
     run = make(tmp_path, "demo")
     for job in ("7", "8"):
         (run.spool / f"{job}.json").write_bytes(orjson.dumps({"do": "stop", "by": "me", "job": job}))
-    assert [each["job"] for each in spooled(run.spool, "8")] == ["8"]
-    assert list(run.spool.iterdir()) == []
+    assert [each["job"] for _, each in spooled(run.spool, "8")] == ["8"]
+    assert [path.name for path in run.spool.iterdir()] == ["8.json"]
