@@ -441,9 +441,9 @@ def main(train: Callable[[Run], object]) -> None:
     how that goes.
     """
     global _entered
-    spec = take_spec(os.environ)
-    if spec.alone and _entered:
+    if _entered:  # before a specification is looked for: the first call has taken it
         raise UsageError("hpcft.main was called twice", "a run has one training function, called once per process")
+    spec = take_spec(os.environ)
     if not spec.alone:
         _entered = True
         _train_for_agent(train, spec)

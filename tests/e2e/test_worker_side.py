@@ -239,6 +239,21 @@ def test_leaving_with_a_status_is_a_failure(tmp_path: Path) -> None:
         assert (message["type"], message["message"], message["collective"]) == ("SystemExit", "3", False)
 
 
+def test_a_second_main_is_called_by_its_name(tmp_path: Path) -> None:
+    program = tmp_path / "twice.py"
+    program.write_text(
+        "import os, hpcft\n"
+        "os.environ['WORLD_SIZE'] = '2'  # as an agent says to a plain command\n"
+        "hpcft.main(lambda run: print('trained'))\n"
+        "hpcft.main(lambda run: print('trained again'))\n"
+    )
+    with Life.begin(tmp_path / "run").world(1, program=program) as world:
+        assert world.finish() == [1]
+        said = world.logs[0].read_text()
+    assert "\ntrained again" not in said
+    assert "UsageError: hpcft.main was called twice" in said, said
+
+
 def test_waiting_in_vain_is_no_bug_of_the_user(tmp_path: Path) -> None:
     life = Life.begin(tmp_path / "run")
     with life.world(2, timeout=6.0, at=[[2, 1, "sleep"]]) as world:  # a peer that is stuck
