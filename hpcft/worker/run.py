@@ -33,6 +33,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
@@ -99,6 +100,7 @@ class Run:
         self._link = link
         self._device = device
         self._built = built
+        self._asked: Counter[Hashable] = Counter()
         self._slot = link.slot
         self._page = link.page
         self._saving = Saving(spec, link)
@@ -160,14 +162,18 @@ class Run:
     def once(self, build: Callable[[], _T]) -> _T:
         """What `build` returns, built once per process, however often the training function is entered.
 
-        Recognised by its code: a lambda or an inner function is the same one again. Random numbers in it are the
-        same on all ranks and in every life.
+        Recognised by its code: a lambda or an inner function is the same one again. Within one entry every call has
+        an object of its own, and the n-th call with the same code finds what the n-th one of an earlier entry built:
+        what a builder closes over has to be the same again. Random numbers in it are the same on all ranks and in
+        every life.
         """
-        key: Hashable = getattr(build, "__code__", build)
+        code: Hashable = getattr(build, "__code__", build)
+        key = code, self._asked[code]
         if key not in self._built:
             # Each from its own stream: two models of one shape are to differ.
             self._randomness.seed_build(1 + len(self._built))
             self._built[key] = build()
+        self._asked[code] += 1
         found: _T = self._built[key]
         return found
 

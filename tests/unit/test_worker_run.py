@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import numpy as np
@@ -231,7 +231,6 @@ def test_what_is_built_once_is_built_once_and_alike() -> None:
             return built[-1]
 
         first = run.once(build)
-        assert run.once(build) is first
         other = run.once(lambda: linear())
         assert not torch.equal(other.weight, first.weight)  # two models of one shape are to differ
 
@@ -246,6 +245,27 @@ def test_what_is_built_once_is_built_once_and_alike() -> None:
     for _ in range(2):  # a second generation in the same process
         train(entry.Run(spec, entry.Link(spec), torch.device("cpu"), kept))
     assert len(built) == 1
+
+
+def test_each_call_with_the_same_code_has_an_object_of_its_own() -> None:
+    entered: list[tuple[nn.Module, ...]] = []
+
+    def train(run: hpcft.Run) -> None:
+        def make(width: int) -> nn.Linear:
+            return run.once(lambda: nn.Linear(4, width))
+
+        entered.append((make(4), make(8), run.once(linear), make(8), run.once(linear)))
+
+    kept: dict[Hashable, object] = {}
+    spec = entry.WorkerSpec()
+    for _ in range(2):  # generations in the same process
+        train(entry.Run(spec, entry.Link(spec), torch.device("cpu"), kept))
+    first, second = entered
+    assert [tuple(each.weight.shape) for each in first] == [(4, 4), (8, 4), (1, 2), (8, 4), (1, 2)]
+    assert not torch.equal(first[1].weight, first[3].weight)
+    assert all(one is other for one, other in zip(first, second, strict=True))
+    train(entry.Run(spec, entry.Link(spec), torch.device("cpu"), {}))  # another life
+    assert all(torch.equal(one.weight, other.weight) for one, other in zip(first, entered[2], strict=True))
 
 
 def test_phases_are_named_and_left() -> None:
