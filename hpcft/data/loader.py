@@ -3,12 +3,15 @@
 Theory of operation
 -------------------
 The position is what completed steps have consumed. What was fetched ahead of it is of no account: whoever iterates
-starts at the position, and after a restart other ranks, in another number, fetch the same samples again.
+starts at the position, and after a restart other ranks, in another number, fetch the same samples again. So a step
+has to be the one at the position, with all its passes: a batch that is left out would count as used, and one that
+comes twice would be behind the checkpoint of its second step.
 
 A `_Plan` turns a position into the row of requests that this rank will make (`batches`, `order`), and notes what each
 was for. torch's `DataLoader` works them off in order, in this process or in others with prefetch (`fetch`);
 persistent ones outlive a rollback and a new generation, since all they ever get is (epoch, numbers of samples).
-Iterating leaves the random state of the training process alone.
+There is one row at a time: an iteration that finds another's in the loader, say that of an evaluation in its body,
+has its own made anew from where it is. Iterating leaves the random state of the training process alone.
 """
 
 from __future__ import annotations
@@ -98,9 +101,9 @@ class Data:
         self._stop_loading: weakref.finalize[[], Data] | None = None
         self._position = Position()
         self._revision = 0
+        self._iteration = 0
         self._ledger: LedgerWriter | None = None
-        self._consumed: list[Ids] = []
-        self._completed: Portion | None = None
+        self._ended: list[Portion] = []
         self.current: Portion | None = None
         """What the batch that was yielded last stands for."""
 
@@ -138,29 +141,52 @@ class Data:
             ledger.begin(samples=plan.samples, seed=plan.seed, shuffle=plan.shuffle)
         self._move(self._position)
 
-    def complete_step(self, step: int) -> None:
-        """The optimizer has done step number `step` on the batch yielded last: moves the position behind it.
+    def end_pass(self) -> Portion:
+        """The batch yielded last is used: a pass of the step at the position. After the last one comes the optimizer.
 
-        Called again for the same batch (several optimizer steps on it), it changes nothing.
-        UsageError: there was no batch, or it is not the last pass of its step.
+        UsageError: there was no batch, it has been used already, or one before it has not.
         """
-        done = self.current
-        if done is None:
+        portion = self.current
+        if portion is None:
             raise UsageError(
-                "a step was completed without a batch of the run's data",
+                "run.update was called without a batch of the run's data",
                 "iterate over the hpcft.data.Data that was given to run.restore",
             )
-        if done is self._completed:
-            return
-        if not done.last:
+        micro, position = portion.micro, self._position
+        here = micro.batch.epoch, micro.batch.start, micro.index
+        due = position.epoch, position.offset, len(self._ended)
+        if here < due:
             raise UsageError(
-                f"the step was completed in pass {done.micro.index + 1} of {done.micro.count}",
-                "let the optimizer step where data.current.last is true, or set no micro_batch",
+                f"run.update was called again for {_place(*here)}, which would count twice",
+                "call it once for each batch, at the end of the step; let other optimizers step by themselves before "
+                "(`optimizer.step()`)",
             )
-        self._completed = done
-        self._position = advance(done.micro.batch, self._plan.samples)
+        if here > due:
+            raise UsageError(
+                f"run.update was called for {_place(*here)}, and not for {_place(*due)}, which would count as used",
+                "call it for every batch: give hpcft.data.Data a `micro_batch` to accumulate gradients, weight the "
+                "loss by zero to leave a batch out, and evaluate on this data right after run.update only",
+            )
+        self._ended.append(portion)
+        return portion
+
+    def complete_step(self, step: int) -> None:
+        """The optimizer has done step number `step` on the passes that have ended: moves the position behind them.
+
+        UsageError: there are passes to come.
+        """
+        passes = self._ended
+        if not passes or not passes[-1].last:
+            raise UsageError(
+                f"step {step} was completed after {len(passes)} of its passes",
+                "let the optimizer step where data.end_pass().last is true",
+            )
+        batch = passes[-1].micro.batch
+        self._position = advance(batch, self._plan.samples)
         if self._ledger is not None:
-            self._ledger.record(step, done.micro.batch, np.concatenate([np.zeros(0, np.int64), *self._consumed]))
+            used = [portion.ids for portion in passes if not portion.micro.stand_in]
+            self._ledger.record(step, batch, np.concatenate([np.zeros(0, np.int64), *used]))
+        passes.clear()
 
     def state_dict(self) -> dict[str, int | bool]:
         """The position, and what it depends on. As of the last completed step, whatever has been fetched since."""
@@ -217,7 +243,8 @@ class Data:
     def _move(self, position: Position) -> None:
         self._position = position
         self._revision += 1
-        self.current = self._completed = None
+        self._ended.clear()
+        self.current = None
 
     # --- the user's side
 
@@ -241,22 +268,24 @@ class Data:
 
     def __iter__(self) -> Iterator[Any]:
         """From the position on. SampleError: the data set's code failed."""
+        start, index = self._position, 0
         while True:
-            revision = self._revision
-            self._plan.start = self._position
+            self._iteration += 1
+            revision, iteration = self._revision, self._iteration
+            self._plan.start, self._plan.index = start, index
             for loaded in self._batches():
                 portion = self._plan.ahead.popleft()
                 if isinstance(loaded, Failure):
                     error = loaded.error()
                     error.add_note(loaded.trace)
                     raise error
-                if portion.micro.index == 0:
-                    self._consumed.clear()
-                if not portion.micro.stand_in:
-                    self._consumed.append(portion.ids)
                 self.current = portion
                 yield loaded
                 if self._revision != revision:
+                    start, index = self._position, 0
+                    break
+                if self._iteration != iteration:
+                    start, index = self._plan.after(portion.micro)
                     break
             else:
                 return
@@ -288,7 +317,10 @@ class Data:
 
 
 class _Plan:
-    """The requests of a rank from `start` on. While one is worked off, `ahead` has what it and later ones are for."""
+    """The requests of a rank from `start` on, the step there from pass `index` on.
+
+    While one is worked off, `ahead` has what it and later ones are for.
+    """
 
     def __init__(
         self, samples: int, batch_size: int, micro_batch: int | None, shuffle: bool, epochs: int | None
@@ -305,23 +337,35 @@ class _Plan:
         self.rank = 0
         self.world_size = 1
         self.start = Position()
+        self.index = 0
         self.ahead: deque[Portion] = deque()
 
     def __iter__(self) -> Iterator[Request]:
         self.ahead.clear()
-        position = self.start
+        position, index = self.start, self.index
         while self.epochs is None or position.epoch < self.epochs:
             batch = global_batch(position, self.samples, self.batch_size)
-            for micro in micro_batches(batch, self.rank, self.world_size, self.micro_batch):
+            for micro in micro_batches(batch, self.rank, self.world_size, self.micro_batch)[index:]:
                 ids = self._ids(batch, micro)
                 self.ahead.append(Portion(micro, ids))
                 yield Request(batch.epoch, tuple(ids.tolist()), self.seed)
-            position = advance(batch, self.samples)
+            position, index = advance(batch, self.samples), 0
+
+    def after(self, done: MicroBatch) -> tuple[Position, int]:
+        """`start` and `index` of what comes after this pass."""
+        if done.last:
+            return advance(done.batch, self.samples), 0
+        return Position(done.batch.epoch, done.batch.start), done.index + 1
 
     def _ids(self, batch: GlobalBatch, micro: MicroBatch) -> Ids:
         if self.shuffle:
             return order.ids(self.seed, batch.epoch, self.samples, micro.start, micro.stop)
         return np.arange(micro.start, micro.stop, dtype=np.int64)
+
+
+def _place(epoch: int, start: int, index: int) -> str:
+    more = f" (pass {index + 1})" if index else ""
+    return f"the batch that starts at {start} of epoch {epoch}{more}"
 
 
 def _length(dataset: MapDataset) -> int:

@@ -11,10 +11,11 @@
 
 Theory of operation
 -------------------
-`update` is where a step ends, and everything that concerns steps happens there, in this order: the node's lease is
-checked (past it, this process ends without another step); parameters change; the data position moves; the step is
-published in the shared page; a checkpoint is made if it is due; the random state of the next step is set. All ranks
-pass through it with the same step numbers, so decisions made from the step alone need no communication.
+`update` is where a step ends, and everything that concerns steps happens there, in this order: the batch is the one
+at the data position, or refused; the node's lease is checked (past it, this process ends without another step);
+parameters change; the data position moves; the step is published in the shared page; a checkpoint is made if it is
+due; the random state of the next step is set. All ranks pass through it with the same step numbers, so decisions made
+from the step alone need no communication.
 
 A checkpoint is due every so many steps, or at the step that the leader names in its order, which reaches the ranks at
 different times. For whom that step is over already, the order does not exist. So a rank that is to stop does not end
@@ -275,18 +276,24 @@ class Run:
         `loss` and `tokens` (of this rank, in this pass) are shown to people. `scheduler` and `scaler` are stepped
         with the optimizer; `clip_norm` limits the norm of all its gradients. After the last step that was asked
         for, this does not return.
+
+        To be called once for every batch of the run's data, as the last thing in it: a checkpoint made here goes on
+        with the next batch. Other optimizers step by themselves before (`optimizer.step()`). To leave a batch out,
+        weight its loss by zero.
+
+        UsageError, and no step: this batch has been here already, or one before it has not.
         """
         if not self._training:
             self._begin_training()
         data = self._data
-        if data is not None and (portion := data.current) is not None:
-            micro = portion.micro
+        if data is not None:
+            micro = data.end_pass().micro
             if micro.weight:
                 self._samples += micro.stop - micro.start
                 self._tokens += tokens
                 if loss is not None:
                     self._loss.add(loss, micro.weight)
-            if micro.index != micro.count - 1:
+            if not micro.last:
                 return False
         else:
             self._tokens = tokens

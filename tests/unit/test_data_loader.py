@@ -69,6 +69,12 @@ def closing() -> Iterator[Callable[[Data], Data]]:
         data.close()
 
 
+def complete(data: Data, step: int) -> None:
+    """A step of one pass."""
+    data.end_pass()
+    data.complete_step(step)
+
+
 def ids_of_steps(data: Data, steps: int, first_step: int = 1) -> list[list[int]]:
     """Trains `steps` steps; the ids of each, without stand-ins."""
     done: list[list[int]] = []
@@ -80,7 +86,7 @@ def ids_of_steps(data: Data, steps: int, first_step: int = 1) -> list[list[int]]
         assert batch["id"].tolist() == data.current.ids.tolist()
         if data.current.weight:
             step += batch["id"].tolist()
-        if data.current.last:
+        if data.end_pass().last:
             data.complete_step(first_step + len(done))
             done.append(step)
             step = []
@@ -94,7 +100,7 @@ def test_epochs_go_by_and_each_sample_is_in_each_once() -> None:
     epochs = []
     for step, batch in enumerate(data, 1):
         epochs.append((data.epoch, batch["id"].tolist()))
-        data.complete_step(step)
+        complete(data, step)
     assert [len(ids) for _, ids in epochs] == [4, 4, 2] * 2
     for epoch in (0, 1):
         ids = [i for e, batch in epochs if e == epoch for i in batch]
@@ -116,7 +122,7 @@ def test_position_counts_completed_steps_not_fetched_ones(workers: int, closing:
         seen.append(batch["id"].tolist())
         if len(seen) == 4:
             break  # the fourth batch was seen, and its step not completed
-        data.complete_step(len(seen))
+        complete(data, len(seen))
     assert data.state_dict()["offset"] == 15
     again = ids_of_steps(data, 1, first_step=4)
     assert again == [seen[3]]
@@ -192,7 +198,7 @@ def test_a_new_position_takes_effect_with_the_next_batch(workers: int, closing: 
     seen = []
     for step, batch in enumerate(data, 1):
         seen.append(batch["id"].tolist())
-        data.complete_step(step)
+        complete(data, step)
         if step == 2:
             saved = data.state_dict()
         if step == 5:
@@ -223,7 +229,7 @@ def test_a_rank_without_samples_runs_a_stand_in_that_counts_for_nothing(tmp_path
         for step, _ in enumerate(data, 1):
             assert data.current is not None
             weights.append(data.current.weight)
-            data.complete_step(step)
+            complete(data, step)
         assert weights == [pytest.approx([6 / 5, 6 / 5, 3 / 5][rank]), [1.5, 1.5, 0.0][rank]]
     account = report(tmp_path)
     assert account.exact and account.epochs[0].once == 7 and not account.epochs[0].in_progress
@@ -284,15 +290,83 @@ def test_the_seed_is_checked_also_when_it_is_known_later() -> None:
 def test_a_step_is_completed_once_and_only_after_its_last_pass() -> None:
     data = Data(Numbers(30), batch_size=8, micro_batch=4)
     with pytest.raises(UsageError, match="without a batch"):
-        data.complete_step(1)
+        data.end_pass()
     batches = iter(data)
     next(batches)
-    with pytest.raises(UsageError, match="in pass 1 of 2"):
+    assert not data.end_pass().last
+    with pytest.raises(UsageError, match="step 1 was completed after 1 of its passes"):
         data.complete_step(1)
+    with pytest.raises(UsageError, match="again for the batch that starts at 0 of epoch 0, which would count twice"):
+        data.end_pass()
     next(batches)
+    assert data.end_pass().last
     data.complete_step(1)
-    data.complete_step(2)  # a second optimizer step on the same batch
+    with pytest.raises(UsageError, match=r"again for the batch that starts at 0 of epoch 0 \(pass 2\)") as refused:
+        data.end_pass()
+    assert refused.value.hint is not None and "`optimizer.step()`" in refused.value.hint
+    with pytest.raises(UsageError, match="step 2 was completed after 0"):
+        data.complete_step(2)
     assert data.position == Position(0, 8)
+    assert not (next(batches), data.end_pass())[1].last
+
+
+@pytest.mark.parametrize(
+    ("skipped", "message"),
+    [
+        (0, "for the batch that starts at 0 of epoch 0 (pass 2), and not for the batch that starts at 0 of epoch 0, "),
+        (1, "at 4 of epoch 0, and not for the batch that starts at 0 of epoch 0 (pass 2), which would count as used"),
+        (4, "at 8 of epoch 0 (pass 2), and not for the batch that starts at 8 of epoch 0, "),
+        (5, "at 0 of epoch 1, and not for the batch that starts at 8 of epoch 0 (pass 2), "),
+    ],
+)
+def test_a_pass_that_is_left_out_does_not_count_as_used(skipped: int, message: str) -> None:
+    """Also where it is a stand-in, as the second rank's last pass of an epoch."""
+    for rank in range(2):
+        data = Data(Numbers(11), batch_size=4, micro_batch=1)
+        data.bind(0, rank, 2)
+        steps = 0
+        with pytest.raises(UsageError) as refused:
+            for number, _ in enumerate(data):
+                if number == skipped:
+                    continue
+                before = data.position
+                if data.end_pass().last:
+                    steps += 1
+                    data.complete_step(steps)
+        assert message in refused.value.message
+        assert refused.value.hint is not None and "`micro_batch`" in refused.value.hint
+        assert data.position == before and steps == skipped // 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_on_the_same_data_leaves_training_where_it_is(
+    workers: int, closing: Callable[[Data], Data], tmp_path: Path
+) -> None:
+    (tmp_path / "ledger").mkdir()
+    expected = ids_of_steps(Data(Numbers(11), batch_size=4, seed=0), 8)
+    data = closing(Data(Numbers(11), batch_size=4, micro_batch=2, epochs=3, workers=workers))
+    data.bind(0, 0, 1, _writer(tmp_path, 1, 0, 1))
+    steps: list[list[int]] = [[]]
+    for batch in data:
+        steps[-1] += batch["id"].tolist()
+        if data.end_pass().last:
+            data.complete_step(len(steps))
+            steps.append([])
+        for number, evaluated in enumerate(data):  # also in the middle of a step
+            assert number or evaluated["id"][0] == expected[len(steps) - 1][0]
+            if number == len(steps):
+                break
+        if len(steps) == 8:
+            break
+    assert steps == [*expected[:7], []]
+    assert report(tmp_path).exact
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_iterations_within_one_another_each_go_on_where_they_are(workers: int, closing: Callable[[Data], Data]) -> None:
+    data = closing(Data(Numbers(4), batch_size=2, shuffle=False, epochs=1, workers=workers))
+    pairs = [(one["id"][0].item(), other["id"][0].item()) for one in data for other in data]
+    assert pairs == [(0, 0), (0, 2), (2, 0), (2, 2)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

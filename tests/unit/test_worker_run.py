@@ -20,6 +20,7 @@ from torch import nn
 
 import hpcft
 from hpcft.data import Data
+from hpcft.data.batches import Position
 from hpcft.errors import UsageError
 from hpcft.page import LET_GO, Order, Phase
 from hpcft.worker import run as entry
@@ -152,6 +153,63 @@ def test_passes_of_a_step_add_up_to_one() -> None:
         assert loss == pytest.approx(results[0][0], rel=1e-12)
         for one, other in zip(parameters, results[0][1:], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+def test_a_second_update_on_a_batch_is_refused_before_it_changes_anything() -> None:
+    def train(run: hpcft.Run) -> None:
+        critic, model = linear(), linear()
+        optimizers = [sgd(critic), sgd(model)]
+        data = Data(Numbers(8), batch_size=4)
+        run.restore(critic=critic, model=model, data=data)
+        for x in data:
+            run.backward((model(x) - critic(x)).square().mean())
+            if run.step == 1:
+                break
+            optimizers[0].step()
+            run.update(optimizers[1])
+        run.update(optimizers[0])
+        before = [parameter.clone() for parameter in model.parameters()]
+        with pytest.raises(UsageError, match="again for the batch that starts at 4 of epoch 0") as refused:
+            run.update(optimizers[1])
+        assert "let other optimizers step by themselves" in str(refused.value.hint)
+        assert all(map(torch.equal, before, model.parameters()))
+        assert run.step == 2 and data.position == Position(1, 0)
+
+    alone(train)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_an_update_after_batches_without_one_is_refused_before_it_changes_anything(accumulate: bool) -> None:
+    def train(run: hpcft.Run) -> None:
+        model = linear()
+        data = Data(Numbers(20), batch_size=4)
+        run.restore(model=model, data=data)
+        before = [parameter.clone() for parameter in model.parameters()]
+        for number, x in enumerate(data):
+            if accumulate:
+                run.backward(model(x).square().mean())
+            if number % 2:
+                run.backward(model(x).square().mean())
+                with pytest.raises(UsageError, match="and not for the batch that starts at 0 of epoch 0,") as error:
+                    run.update(sgd(model))
+                break
+        assert "weight the loss by zero" in str(error.value.hint)
+        assert all(map(torch.equal, before, model.parameters()))
+        assert run.step == 0 and data.position == Position(0, 0)
+
+    alone(train)
+
+
+def test_a_step_is_what_update_ends_where_there_is_no_data() -> None:
+    def train(run: hpcft.Run) -> None:
+        model = linear()
+        run.restore(model=model)
+        for _ in Data(Numbers(4), batch_size=2, epochs=1):  # not the run's
+            for _ in range(2):
+                run.update(sgd(model))
+        assert run.step == 4
+
+    alone(train)
 
 
 def test_an_even_share_is_not_weighted() -> None:

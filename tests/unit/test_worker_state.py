@@ -121,6 +121,7 @@ def test_everything_comes_back_as_it_was(bench: Bench) -> None:
     scheduler.step()
     data.bind(0, 0, 1)
     next(iter(data))
+    data.end_pass()
     data.complete_step(1)
     path = bench.save(3, model=model, optimizer=optimizer, scheduler=scheduler, data=data, own=counted)
     assert path.name == "step-00000003-g0004"
