@@ -170,7 +170,9 @@ def test_the_training_script_of_the_readme_trains(tmp_path: Path) -> None:
         timeout=120,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith("hpcft: ") for line in done.stderr.splitlines()), done.stderr
+    assert "20 steps" in done.stderr
 
 
 def test_the_configurations_of_the_readme_are_valid(tmp_path: Path) -> None:
