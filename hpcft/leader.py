@@ -332,8 +332,10 @@ class Leader:
             self._heartbeats.register(joined.node, joined.incarnation)
         self.feed(joined)
         formation = self.world.formation
-        if formation is not None and self.world.phase in (Phase.FORMING, Phase.RUNNING):
-            # it may have missed these while its connection was broken; both are harmless when repeated
+        if formation is not None:
+            # It may have missed these while its connection was broken; both are harmless when repeated. Whatever the
+            # phase: who was evicted, and hears only now that it was to start, must learn that this world is over
+            # before its lease is extended.
             say(order_message(Prepare(formation)))
             for message in self._start_messages():
                 say(message)

@@ -265,7 +265,7 @@ class SimulatedLeader:
             self.streams[joined.node] = (server, connection)
             self.feed(joined)
             formation = self.world.formation
-            if formation is not None and self.world.phase in (Phase.FORMING, Phase.RUNNING):
+            if formation is not None:
                 connection.send(server, Prepare(formation))
                 if self.world.phase is Phase.RUNNING:
                     connection.send(server, Start(formation.term, formation.generation))

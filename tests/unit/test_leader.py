@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from hpcft import stream
-from hpcft.events import CheckpointsFound, Termination
+from hpcft.events import CheckpointsFound, NodeJoined, Prepare, Termination
 from hpcft.ids import Incarnation, NodeId, RunId, Term
 from hpcft.journal import PROGRESS_SECONDS, Replayed
 from hpcft.leader import SILENT_SLACK_SECONDS, Leader, Office, SteppedDown, _missed
@@ -22,7 +24,9 @@ from hpcft.rundir import RunDirectory
 from hpcft.store import import_torch
 from hpcft.terms import TermRecord
 from hpcft.units import Never
-from hpcft.world import World
+from hpcft.wire import decode_order
+from hpcft.world import Phase, World
+from tests.unit.worlds import training
 
 
 def office(leaderless: float, nodes: int = 2) -> Office:
@@ -162,3 +166,14 @@ async def test_who_was_welcomed_early_hears_later_how_long_slurm_waits(tmp_path:
         agent.close()
         await server.close()
     assert closed == ["this leader leaves office"]
+
+
+async def test_whoever_joins_hears_of_the_last_formation_whatever_the_phase(tmp_path: Path) -> None:
+    """It may have been evicted, and read only now that it was to start an earlier one."""
+    leader = a_leader(RunDirectory(tmp_path), Busy())
+    leader.world = replace(training(step=10), phase=Phase.LEAVING)
+    said: list[Mapping[str, Any]] = []
+    leader.join(NodeJoined(NodeId("late"), Incarnation("late/1"), "10.0.0.9", 1, 7000), said.append)
+    leader._journal.close()
+    orders = [decode_order(message["order"]) for message in said if "order" in message]
+    assert [type(order) for order in orders] == [Prepare]
