@@ -230,6 +230,21 @@ def test_time_limit_ahead(cluster: Cluster) -> None:
     assert run.ledger().exact, run.ledger()
 
 
+@pytest.mark.drill
+def test_time_limit_without_a_warning(cluster: Cluster) -> None:
+    settings = {**SLOW, "train.steps": 300, "slurm.end_lead": "60s", "checkpoint.every": "10000 steps"}
+    run = SlurmRun(cluster, "unwarned", settings).submit("--time=1", "--signal=USR2@10")
+    run.trains(past=3)
+    until(lambda: int(cluster.job(run.job)["Restarts"]) == 1, "requeued", 120)
+    cluster.exec(0, "scontrol", "update", f"JobId={run.job}", "TimeLimit=30", check=False)
+    status = run.until("the second start", lambda now: now.get("start") == 2 and now["state"] == "training")
+    (checkpoint,) = status["checkpoints"]
+    assert f"time limit; saved at step {checkpoint['step']}: the job is requeued" in run.output.read_text()
+    run.hurry()
+    run.ends("COMPLETED", 240)
+    assert run.ledger().exact, run.ledger()
+
+
 def test_scancel(cluster: Cluster) -> None:
     run = SlurmRun(cluster, "cancelled", {**SLOW, "checkpoint.every": "10000 steps"}).submit()
     run.trains(past=13)
