@@ -7,6 +7,7 @@ import sys
 import time
 
 import psutil
+from jobs import Timeline, hpcft_job, place_for, started
 from table import Row, row
 
 _PROGRAM = """
@@ -61,8 +62,6 @@ def measure(trials: int) -> list[Row]:
 
 def at_rest() -> list[Row]:
     """CPU and memory of keeper, agent and pool on one node while two workers make 20 ms steps."""
-    from recovery import Timeline, hpcft_job, place_for, started
-
     with place_for("rest") as place:
         timeline = Timeline(place)
         with started(*hpcft_job(place, 1, 2), place / "log") as pids:
