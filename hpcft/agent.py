@@ -74,6 +74,8 @@ TICK_SECONDS = 0.05
 REPORT_SECONDS = 1.0
 SEEK_SECONDS = 0.2
 _NO_LEADER = "this agent does not lead"
+LEADERS_TRIED = 5
+"""Agents of a start that claim a term and cannot lead, before the run is given up."""
 FOREIGN_RENEWALS = 5
 """Seen so often, the leader of another job is alive, and not merely late to end."""
 FIRST_CLAIM_TURN_SECONDS = 10.0
@@ -346,9 +348,7 @@ class Agent:
             await self._give_up_the_run(record, error)
             return
         except (OSError, UnusableError) as error:
-            # not for ever, and perhaps not for others
-            await self._release(record)
-            self._end(AGENT_RESTART, f"this agent cannot read what a leader has to know: {error}")
+            await self._lay_down(record, error)
             return
         self._presiding = self._tasks.create_task(self._preside(leader), name="leader")
 
@@ -362,6 +362,20 @@ class Agent:
             log.error("the verdict could not be written: %s", trouble)
         await self._release(record)
         self._end(verdict.exit_code, verdict.reason)
+
+    async def _lay_down(self, record: TermRecord, error: OSError | UnusableError) -> None:
+        """What cannot be read now, and here, may be read in a while, or by another; but not for ever."""
+        station = self._station
+        await self._release(record)
+        try:
+            tried = await asyncio.to_thread(terms.not_led, station.directory.terms, station.start)
+        except (OSError, ValueError):
+            tried = 0
+        if tried >= LEADERS_TRIED:
+            reason = f"{tried} agents in a row could not read what a leader has to know: {error}"
+            await self._give_up_the_run(record, UnusableError(reason, "`hpcft doctor CONFIG` tests the file system"))
+        else:
+            self._end(AGENT_RESTART, f"this agent cannot read what a leader has to know: {error}")
 
     async def _release(self, record: TermRecord) -> None:
         """A term that was claimed, and is not led: the next may be claimed at once."""

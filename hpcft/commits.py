@@ -68,6 +68,7 @@ class Commits:
         self._reports: dict[Step, dict[Rank, ShardReport]] = {}
         self._settled: set[Step] = set()
         """Saves of which the last word has been spoken: what is said of them again changes nothing."""
+        self._superseded: set[Step] = set()
         self._parent: str | None = None  # the committing thread's: the newest checkpoint of the lineage
         self._closed = threading.Event()
         self._committing = _Thread("hpcft-commit", root)
@@ -79,6 +80,7 @@ class Commits:
         self._formation = formation
         self._reports.clear()
         self._settled.clear()
+        self._superseded.clear()
         self._committing.put(lambda: self._turn_to(formation))
 
     def reported(self, generation: Generation, step: Step, rank: Rank, report: Mapping[str, Any]) -> None:
@@ -93,6 +95,9 @@ class Commits:
         del self._reports[step]
         self._settled.add(step)
         for older in [each for each in self._reports if each < step]:
+            if older in self._superseded:
+                self._drop(formation, older)
+                continue
             missing = sorted(set(range(formation.world_size)) - self._reports[older].keys())
             self._give_up(formation, older, f"ranks {missing} have not saved step {older}")
         self._committing.put(lambda: self._commit(formation, step, tuple(reports.values())))
@@ -103,11 +108,10 @@ class Commits:
         if formation is not None and formation.generation == generation:
             self._give_up(formation, step, f"rank {rank}: {reason}")
 
-    def withdraw(self, step: Step) -> None:
-        """Another step was ordered in its place: some rank had passed it already. That is no failure."""
-        formation = self._formation
-        if formation is not None and step not in self._settled:
-            self._drop(formation, step)
+    def supersede(self, step: Step) -> None:
+        """A later step was ordered as well. Some rank may have passed this one: then it is no failure that it is not
+        complete when the later one is."""
+        self._superseded.add(step)
 
     def settled(self, step: Step) -> bool:
         """Whether all ranks have reported this save, or one that it has failed."""

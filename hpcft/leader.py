@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, assert_never
 
 import orjson
@@ -72,7 +73,7 @@ from hpcft.rundir import RunDirectory
 from hpcft.store import Heartbeat, HeartbeatReader, StoreServer
 from hpcft.terms import TermRecord
 from hpcft.units import Cadence
-from hpcft.world import Phase, World, apply, job_of, takes_over
+from hpcft.world import Phase, World, apply, takes_over
 
 log = logging.getLogger("hpcft.leader")
 
@@ -468,7 +469,7 @@ class Leader:
         if told is None or formation is None:
             return
         if former.order is not None and saving.order is not None and former.order.step != saving.order.step:
-            self._commits.withdraw(former.order.step)
+            self._commits.supersede(former.order.step)
         self._broadcast(OrderSave(self._office.record.term, formation.generation, told.step, told.stop))
 
     async def _requeue(self) -> None:
@@ -514,14 +515,26 @@ class Leader:
 
     async def _write_status(self) -> None:
         """Publish what there is to see, and look for operators' commands in the spool."""
-        spool, job = self._office.directory.spool, job_of(self._office.allocation)
+        spool, record = self._office.directory.spool, self._office.record
+        taken: set[Path] = set()
         while True:
             await asyncio.to_thread(self._publish_status)
-            for path, command in await asyncio.to_thread(lambda: list(spooled(spool, job))):
-                self.command(command)
-                await self._sync_journal()  # a later leader obeys it, too
-                await asyncio.to_thread(obeyed, path)
+            for path, command in await asyncio.to_thread(lambda: list(spooled(spool, record))):
+                if path not in taken:
+                    taken.add(path)
+                    self._spawn(self._obey(path, command), "command")
             await asyncio.sleep(STATUS_SECONDS)
+
+    async def _obey(self, path: Path, command: Message) -> None:
+        """A command from the spool. It lies there until the journal has it: else the next leader is to find it."""
+        self.command(command)
+        while True:
+            try:
+                await self._journal.sync()
+                break
+            except OSError:
+                await asyncio.sleep(STATUS_SECONDS)
+        await asyncio.to_thread(obeyed, path)
 
     def _publish_status(self) -> None:
         try:

@@ -8,11 +8,15 @@ it. So the leader looks at the limit itself as well, later than the warning woul
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
+from hpcft.errors import HpcftError
 from hpcft.events import Termination, TerminationAsked
+
+log = logging.getLogger("hpcft.notices")
 
 SAVING_SHARE = 0.6
 """Of KillWait, for the last checkpoint; the rest is for its commit, the verdict and the agents' end."""
@@ -20,6 +24,9 @@ ENDING_SECONDS = 10.0
 """Before the time limit everything of ours is over by this much."""
 UNWARNED_SHARE = 0.5
 """Of the lead that was asked for is left when the leader acts on the limit without having been warned."""
+
+ASK_AGAIN_SECONDS = 30.0
+"""After no answer. Where slurmctld does not answer it does not end a job either."""
 
 
 class JobControl(Protocol):
@@ -31,7 +38,7 @@ class JobControl(Protocol):
     async def why_terminated(self) -> Termination: ...
 
     async def seconds_left(self) -> float | None:
-        """Until the time limit as it is now, if there is one and it is known."""
+        """Until the time limit as it is now; None: there is none. Raises HpcftError when nobody says."""
 
     async def kill_wait(self) -> float:
         """Seconds between SIGTERM and SIGKILL."""
@@ -67,10 +74,17 @@ class Notices:
         """Runs until the limit is near. What signals mean is not said before it has begun."""
         self._kill_wait.set_result(await self._control.kill_wait())
         latest = self._end_lead * UNWARNED_SHARE
-        left = await self._control.seconds_left()
-        while left is not None and left > latest:
-            await asyncio.sleep(left - latest)
-            left = await self._control.seconds_left()  # it may have been moved; Slurm's warning moves with it
+        left: float | None = None
+        pause: float | None = 0.0
+        while pause is not None:
+            await asyncio.sleep(pause)
+            try:
+                left = await self._control.seconds_left()  # it may be moved; Slurm's warning moves with it
+            except HpcftError as error:
+                log.info("the time limit is asked for again in %g s: %s", ASK_AGAIN_SECONDS, error.message)
+                pause = ASK_AGAIN_SECONDS
+                continue
+            pause = left - latest if left is not None and left > latest else None
         if left is not None and "USR1" not in self._signals:
             self._signals.add("USR1")
             self._feed(TerminationAsked(Termination.TIME_LIMIT, max(1.0, left - ENDING_SECONDS)))
@@ -83,7 +97,10 @@ class Notices:
 
     async def _ask_why(self, name: str, came: float) -> None:
         if name == "USR1":
-            left = await self._control.seconds_left()
+            try:
+                left = await self._control.seconds_left()
+            except HpcftError:
+                left = None
             seconds = self._end_lead - (time.monotonic() - came) if left is None else left
             self._feed(TerminationAsked(Termination.TIME_LIMIT, max(1.0, seconds - ENDING_SECONDS)))
             return

@@ -25,6 +25,7 @@ from hpcft import secret as run_secret
 from hpcft.errors import NotFoundError
 from hpcft.events import Outcome
 from hpcft.rundir import RunDirectory, is_live
+from hpcft.terms import TermRecord
 from hpcft.world import job_of
 
 log = logging.getLogger("hpcft.operators")
@@ -41,7 +42,7 @@ def stop(run: RunDirectory) -> str:
     """
     if not is_live(run):
         return _ended(run)
-    command = {"do": "stop", "by": f"{getpass.getuser()}@{socket.gethostname()}", "job": _job(run)}
+    command = {"do": "stop", "by": f"{getpass.getuser()}@{socket.gethostname()}", **_addressee(run)}
     try:
         asyncio.run(_send(run, command))
     except stream.StreamClosed as closed:
@@ -53,12 +54,10 @@ def stop(run: RunDirectory) -> str:
     return f"{run.name} makes a last checkpoint and ends; hpcft status {run.name} --watch shows it"
 
 
-def _job(run: RunDirectory) -> str | None:
-    """Whose command it is, should it have to wait in the spool: a later job is not meant."""
-    try:
-        return job_of(orjson.loads(run.status.read_bytes())["allocation"])
-    except (OSError, ValueError, KeyError):
-        return None
+def _addressee(run: RunDirectory) -> dict[str, Any]:
+    """Who is meant, should the command have to wait in the spool: no later job."""
+    holder = terms.newest(run.terms)
+    return {} if holder is None else {"job": job_of(holder.allocation), "term": holder.term}
 
 
 def _ended(run: RunDirectory) -> str:
@@ -91,8 +90,8 @@ async def _send(run: RunDirectory, command: dict[str, Any]) -> dict[str, Any]:
         await connected.wait_closed()
 
 
-def spooled(spool: Path, job: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The commands for `job` that lie in the spool, each with its file, which goes when it has been obeyed.
+def spooled(spool: Path, mine: TermRecord) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The commands in the spool for the leader of this term, each with its file, which goes when it has been obeyed.
 
     What is for an earlier job, which nobody was there to obey, is removed, and so is whatever is no command. Blocks on
     the file system; the leader's thread.
@@ -100,7 +99,9 @@ def spooled(spool: Path, job: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted(spool.glob("*.json")):
         try:
             command, flaw = _read(path)
-            if not flaw and command.get("job") not in (None, job):
+            if not flaw and command.get("term", 0) > mine.term:
+                continue  # this leader has slept: it is for its successor
+            if not flaw and command.get("job", job_of(mine.allocation)) != job_of(mine.allocation):
                 flaw = f"it is for job {command['job']}, which is over"
             if not flaw:
                 yield path, command

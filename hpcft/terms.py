@@ -65,6 +65,15 @@ def claim(directory: Path, record: TermRecord) -> bool:
     return True
 
 
+def not_led(directory: Path, allocation: str) -> int:
+    """How many terms of this start were claimed and given back without having been led."""
+    found = 0
+    for path in directory.iterdir():
+        if path.name.isdecimal() and lease(directory, Term(int(path.name))) == TermLease(0, released=True):
+            found += orjson.loads(path.read_bytes())["allocation"] == allocation
+    return found
+
+
 class Deposed(OSError):
     """A later term has been claimed: this one cannot be renewed any more."""
 

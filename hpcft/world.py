@@ -344,10 +344,18 @@ class World:
 
     def accounts(self, now: float) -> Accounts:
         """Where the time has gone. Steps that are running now count as kept."""
-        training = self.training_since is not None
-        kept = self.productive + (now - self.training_since if self.training_since is not None else 0.0)
-        recovery = self.recovering + (0.0 if training else self.waiting_to_recover(now))
+        kept, recovery = self.productive, self.recovering
+        if self.training_since is None:
+            recovery += self.waiting_to_recover(now)
+        else:
+            until = self.trained_until(now)
+            kept += until - self.training_since
+            recovery += now - until
         return Accounts(kept, self.undone_seconds, recovery, max(0.0, now - kept - self.undone_seconds - recovery))
+
+    def trained_until(self, now: float) -> float:
+        """When training ended, if it has: the first loss of a worker stops the others at their next collective."""
+        return now if self.broken_at is None else min(now, self.broken_at)
 
     def waiting_to_recover(self, now: float) -> float:
         """Seconds that the open incident has cost while nothing trained."""
@@ -807,13 +815,14 @@ def _close_generation(world: World, kept: Step, now: float) -> World:
         return world
     done = world.step - world.base_step
     share = max(0, min(kept, world.step) - world.base_step) / done if done > 0 else 0.0
-    seconds = now - world.training_since
+    until = world.trained_until(now)
+    seconds = max(0.0, until - world.training_since)
     return replace(
         world,
         productive=world.productive + seconds * share,
         undone_seconds=world.undone_seconds + seconds * (1 - share),
         training_since=None,
-        idle_since=now,
+        idle_since=until,
     )
 
 

@@ -13,13 +13,12 @@ from hypothesis import HealthCheck, settings
 _TIMES = int(os.environ.get("HPCFT_SEARCH", "0"))
 """So many times the fixed sample's examples, at random; 0: the fixed sample."""
 
-settings.register_profile("fixed", deadline=None, database=None, derandomize=True)
+_BUSY = [HealthCheck.too_slow]
+"""What says more about the machine than about a property."""
+
+settings.register_profile("fixed", deadline=None, database=None, derandomize=True, suppress_health_check=_BUSY)
 settings.register_profile(
-    "random",
-    max_examples=100 * max(_TIMES, 1),
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow],
+    "random", max_examples=100 * max(_TIMES, 1), deadline=None, print_blob=True, suppress_health_check=_BUSY
 )
 settings.load_profile("random" if _TIMES else "fixed")
 

@@ -268,7 +268,7 @@ class Data:
 
     def __iter__(self) -> Iterator[Any]:
         """From the position on. SampleError: the data set's code failed."""
-        start, index = self._position, 0
+        start, index = self._position, len(self._ended)  # also in the middle of a step
         while True:
             self._iteration += 1
             revision, iteration = self._revision, self._iteration

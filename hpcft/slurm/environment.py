@@ -30,7 +30,6 @@ class Allocation:
     """Numeric, where it is given (local cluster); else resolved from the node's name."""
     gpus: tuple[str, ...] = ()
     """Entries of CUDA_VISIBLE_DEVICES, by position: indices relative to the cgroup, or UUIDs."""
-    end_time: float | None = None
     """Of the time limit, seconds since the epoch."""
     requeue_target: str = ""
     """What `scontrol requeue` is to be given: in an array `<array>_<task>`, or the whole array is requeued."""
@@ -76,7 +75,6 @@ def from_environment(environ: Mapping[str, str]) -> Allocation:
             "start the agents with srun, which sets SLURMD_NODENAME",
         )
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    end_time = environ.get("SLURM_JOB_END_TIME", "")
     return Allocation(
         kind="slurm",
         job_id=job_id,
@@ -85,7 +83,6 @@ def from_environment(environ: Mapping[str, str]) -> Allocation:
         nodes=nodes,
         address=None,
         gpus=_gpus(environ),
-        end_time=float(end_time) if end_time.isdecimal() else None,
         requeue_target=f"{array}_{task}" if array and task else job_id,
     )
 

@@ -86,10 +86,10 @@ class SlurmJob:
             return KILL_WAIT_SECONDS
 
     async def seconds_left(self) -> float | None:
-        """Until the time limit as it is now; as it was at the start, where Slurm does not answer."""
-        try:
-            end = await control.end_time(self._allocation.job_id, limit=self._timeout)
-        except HpcftError as error:
-            end = self._allocation.end_time
-            log.warning("Slurm does not say when the time limit comes: %s", error.message)
+        """Until the time limit as it is now; None: the job has none.
+
+        Raises:
+            HpcftError: Slurm does not answer.
+        """
+        end = await control.end_time(self._allocation.job_id, limit=self._timeout)
         return None if end is None else end - time.time()

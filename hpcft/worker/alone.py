@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from hpcft.page import Slot
 from hpcft.units import counted, human_duration
@@ -48,4 +48,5 @@ def _loss(slot: Slot) -> str:
 
 def _say(line: str) -> None:
     # no buffer, no lock: a loader's worker may be forked at this moment, and would inherit those of sys.stderr
-    os.write(2, f"hpcft: {line}\n".encode())
+    with suppress(OSError):  # nobody may be reading any more
+        os.write(2, f"hpcft: {line}\n".encode())

@@ -61,6 +61,8 @@ class Shape:
     """How long Slurm takes for each step of a requeue, at most."""
     multiple_of: int = 1
     """The world size divides by this; nodes that do not fit are spares."""
+    save_seconds: float = 0.0
+    """The leader orders a save so often, besides those that the ranks make by themselves; 0: it does not."""
     succession: bool = False
     """A leader's loss is followed by another leader in the same allocation, instead of a requeue."""
     total_steps: int = 10_000
@@ -124,7 +126,7 @@ class Slurm:
             agent = machine.agent
             if not machine.powered or name in cluster.network.isolated:
                 continue
-            if agent is not None:
+            if agent is not None and agent.alive:
                 agent.deliver(lambda agent=agent: agent.signalled(why))  # type: ignore[misc]
             elif machine.keeper:
                 machine.signals.setdefault(why, machine.now())  # which holds it for the next agent

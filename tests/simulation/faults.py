@@ -76,6 +76,7 @@ def shapes(*, succession: bool = False) -> st.SearchStrategy[Shape]:
         disk_seconds=st.sampled_from([0.02, 0.5]),
         slurm_seconds=st.sampled_from([0.3, 3.0]),
         multiple_of=st.sampled_from([1, 1, 2, 3]),
+        save_seconds=st.sampled_from([0.0, 0.0, 3.0]),
         succession=st.just(succession),
     )
 

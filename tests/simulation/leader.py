@@ -48,7 +48,7 @@ from hpcft.journal import is_journaled
 from hpcft.leader import PLENTIFUL
 from hpcft.membership import may_lead
 from hpcft.terms import TermLease, TermRecord
-from hpcft.units import Never
+from hpcft.units import EverySeconds, Never
 from hpcft.world import Phase, World, apply, takes_over
 from tests.simulation.machine import JournalFile, Shard, Signalled
 from tests.simulation.network import Connection, End
@@ -365,17 +365,15 @@ class SimulatedLeader:
     def _keep_cadence(self) -> None:
         now = self.now()
         self._pace = self._pace.seen(self.world, now)
-        saving, told = self._saving.next(self.world, self._pace, now, Never(), self._settled.__contains__)
+        every = EverySeconds(self.cluster.shape.save_seconds) if self.cluster.shape.save_seconds else Never()
+        saving, told = self._saving.next(self.world, self._pace, now, every, self._settled.__contains__)
         self._stand_by(saving, told)
 
     def _stand_by(self, saving: cadence.Saving, told: cadence.Order | None) -> None:
-        former, self._saving = self._saving, saving
+        self._saving = saving
         formation = self.world.formation
-        if told is None or formation is None:
-            return
-        if former.order is not None and saving.order is not None and former.order.step != saving.order.step:
-            self._settled.add(former.order.step)
-        self._broadcast(OrderSave(self.record.term, formation.generation, told.step, told.stop))
+        if told is not None and formation is not None:
+            self._broadcast(OrderSave(self.record.term, formation.generation, told.step, told.stop))
 
     def _shard(self, shard: Shard) -> None:
         formation = self._formation

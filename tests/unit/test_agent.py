@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,11 @@ class Allocation:
 
 
 @pytest.fixture
-def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Allocation:
+def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Allocation]:
     monkeypatch.setattr(agents, "import_torch", lambda: None)
-    return Allocation(tmp_path)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield Allocation(tmp_path)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)  # an agent that ends hears no signals any more
 
 
 async def test_a_claim_that_was_made_and_seemed_to_fail_holds_nobody_up(
@@ -115,6 +118,17 @@ async def test_a_claim_that_was_made_and_seemed_to_fail_holds_nobody_up(
         for task in living:
             task.cancel()
         await asyncio.gather(*living, return_exceptions=True)
+
+
+async def test_after_several_agents_that_cannot_lead_the_run_is_given_up(allocation: Allocation) -> None:
+    allocation.trouble = OSError(errno.EACCES, "Permission denied")
+    codes = []
+    for _ in range(agents.LEADERS_TRIED):
+        ended: Ended = await asyncio.wait_for(allocation.agent(0).live(), 60)
+        codes.append(ended.code)
+    assert codes == [AGENT_RESTART] * (agents.LEADERS_TRIED - 1) + [ExitCode.UNUSABLE]
+    assert "Permission denied" in ended.reason
+    assert len(list(allocation.run.verdicts.iterdir())) == 1
 
 
 @pytest.mark.parametrize(

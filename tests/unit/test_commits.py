@@ -289,19 +289,32 @@ def test_damage_counts_where_it_cannot_be_set_aside(tmp_path: Path, caplog: pyte
     assert "could not be set aside" in caplog.text
 
 
-def test_a_save_that_was_withdrawn_is_no_failure_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_save_that_was_superseded_is_no_failure_and_leaves_nothing(tmp_path: Path) -> None:
     """One rank had passed the step when the order reached it; another one has saved it, and goes on to the next."""
     with thread(tmp_path) as (commits, next_event):
         commits.follow(formation(1, None))
         first, second = save(tmp_path, flatten(training_state(12)), 12, 1, world_size=WORKERS)
         commits.reported(Generation(1), Step(12), Rank(0), first.to_json())
-        commits.withdraw(Step(12))
-        commits.reported(Generation(1), Step(12), Rank(1), second.to_json())
-        commits.failed(Generation(1), Step(12), Rank(1), "its directory has gone")
+        commits.supersede(Step(12))
         report(commits, tmp_path, 14, 1)
         event = next_event()
         assert isinstance(event, CheckpointCommitted) and event.checkpoint == ref(14)
+        commits.reported(Generation(1), Step(12), Rank(1), second.to_json())
+        commits.failed(Generation(1), Step(12), Rank(1), "its directory has gone")
     assert (left(tmp_path), unfinished(tmp_path)) == ([(14, 1)], [])
+
+
+def test_a_save_that_all_have_made_counts_whatever_was_ordered_after_it(tmp_path: Path) -> None:
+    """They were writing it when they were told to leave."""
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(1, None))
+        first, second = save(tmp_path, flatten(training_state(12)), 12, 1, world_size=WORKERS)
+        commits.reported(Generation(1), Step(12), Rank(0), first.to_json())
+        commits.supersede(Step(12))
+        commits.reported(Generation(1), Step(12), Rank(1), second.to_json())
+        event = next_event()
+        assert isinstance(event, CheckpointCommitted) and event.checkpoint == ref(12)
+    assert left(tmp_path) == [(12, 1)]
 
 
 def test_what_cannot_be_committed_does_not_stay(tmp_path: Path) -> None:

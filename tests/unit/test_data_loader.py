@@ -1,6 +1,7 @@
 """Data: the same samples in every world, exact resumption, and loader processes that neither leak nor linger."""
 
 import errno
+import itertools
 import os
 import random
 import signal
@@ -338,6 +339,20 @@ def test_a_pass_that_is_left_out_does_not_count_as_used(skipped: int, message: s
         assert data.position == before and steps == skipped // 2
 
 
+def test_a_loop_that_ends_in_the_middle_of_a_step_is_gone_on_with(closing: Callable[[Data], Data]) -> None:
+    expected = ids_of_steps(Data(Numbers(12), batch_size=4, seed=0), 6)
+    data = closing(Data(Numbers(12), batch_size=4, micro_batch=2, epochs=2))
+    data.bind(0, 0, 1)
+    steps: list[list[int]] = [[]]
+    while len(steps) <= 6:
+        for batch in itertools.islice(data, 3):
+            steps[-1] += batch["id"].tolist()
+            if data.end_pass().last:
+                data.complete_step(len(steps))
+                steps.append([])
+    assert steps[:6] == expected
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_evaluation_on_the_same_data_leaves_training_where_it_is(
     workers: int, closing: Callable[[Data], Data], tmp_path: Path
@@ -353,7 +368,7 @@ def test_an_evaluation_on_the_same_data_leaves_training_where_it_is(
             data.complete_step(len(steps))
             steps.append([])
         for number, evaluated in enumerate(data):  # also in the middle of a step
-            assert number or evaluated["id"][0] == expected[len(steps) - 1][0]
+            assert number or evaluated["id"][0] == expected[len(steps) - 1][len(steps[-1])]
             if number == len(steps):
                 break
         if len(steps) == 8:

@@ -14,8 +14,10 @@ from checkpoint_samples import small_file_system
 
 from hpcft import secret
 from hpcft.errors import NotFoundError, UnusableError
+from hpcft.ids import Incarnation, NodeId, Term
 from hpcft.operators import spooled
 from hpcft.rundir import STATUS_FRESH_SECONDS, RunDirectory, find_run, is_live, runs
+from hpcft.terms import TermRecord
 
 
 def make(root: Path, name: str, *, state: str | None = None, age: float = 0.0) -> RunDirectory:
@@ -169,6 +171,10 @@ def test_nobody_else_can_write_where_it_is_decided_about_the_run(tmp_path: Path)
         assert directory.stat().st_mode & 0o022 == 0, directory
 
 
+def leader(allocation: str, term: int = 1) -> TermRecord:
+    return TermRecord(Term(term), NodeId("a"), Incarnation("a1"), "10.0.0.1", 4711, allocation)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a file away")
 def test_a_command_of_somebody_else_is_none(tmp_path: Path) -> None:
     run = make(tmp_path, "demo")
@@ -177,14 +183,14 @@ def test_a_command_of_somebody_else_is_none(tmp_path: Path) -> None:
         path.write_bytes(orjson.dumps({"do": "stop", "by": name}))
         os.chown(path, owner, -1)
     (run.spool / "c.json").symlink_to(run.identity)
-    assert [(path.name, each["by"]) for path, each in spooled(run.spool, "7")] == [("b.json", "b")]
+    assert [(path.name, each["by"]) for path, each in spooled(run.spool, leader("7.0"))] == [("b.json", "b")]
     assert not (run.spool / "a.json").exists()
     assert [path.name for path in run.spool.iterdir()] == ["b.json"], "it goes when it has been obeyed"
 
 
 def test_a_command_for_a_job_that_is_over_is_not_obeyed_by_the_next(tmp_path: Path) -> None:
     run = make(tmp_path, "demo")
-    for job in ("7", "8"):
-        (run.spool / f"{job}.json").write_bytes(orjson.dumps({"do": "stop", "by": "me", "job": job}))
-    assert [each["job"] for _, each in spooled(run.spool, "8")] == ["8"]
-    assert [path.name for path in run.spool.iterdir()] == ["8.json"]
+    for job, term in (("7", 2), ("8", 3), ("9", 4)):
+        (run.spool / f"{job}.json").write_bytes(orjson.dumps({"do": "stop", "by": "me", "job": job, "term": term}))
+    assert [each["job"] for _, each in spooled(run.spool, leader("8.1", 3))] == ["8"]
+    assert sorted(path.name for path in run.spool.iterdir()) == ["8.json", "9.json"], "this leader may have slept"

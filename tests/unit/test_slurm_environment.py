@@ -28,7 +28,6 @@ def test_a_step_of_a_first_start() -> None:
     assert allocation.nodes == ("node08", "node09", "node10", "node11")
     assert (allocation.node, allocation.node_index) == ("node10", 2)
     assert allocation.gpus == ("2", "3"), "relative to the cgroup, not the global ids"
-    assert allocation.end_time is None
     assert allocation.start == "17.0"
 
 
@@ -37,7 +36,6 @@ def test_a_later_start_of_a_task_of_an_array() -> None:
     allocation = from_environment({**STEP, **more, "SLURM_JOB_END_TIME": "1795261181"})
     assert allocation.requeue_target == "15_3", "the bare id would requeue the whole array"
     assert allocation.start == "17.2"
-    assert allocation.end_time == 1795261181.0
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 
@@ -261,8 +261,10 @@ def test_goodput_counts_what_was_kept() -> None:
     assert world.goodput(50.0) == pytest.approx(40 / 50)
     world = happen(world, failed("a", 0), now=50.0)
     world = happen(world, proposed(formation("ab", 2, ref(30))), now=60.0)
-    assert world.productive == pytest.approx(50.0 * 30 / 40)
-    assert world.goodput(100.0) == pytest.approx(37.5 / 100)
+    assert world.productive == pytest.approx(40.0 * 30 / 40)
+    assert world.goodput(100.0) == pytest.approx(30 / 100)
+    # what passes before the next formation, a back-off say, is no training either
+    assert astuple(world.accounts(100.0)) == pytest.approx((30.0, 10.0, 50.0, 10.0))
 
 
 def test_a_new_start_remembers_history_and_forgets_presence() -> None:
