@@ -273,10 +273,20 @@ class Agent:
                     return
                 if claims and here and await self._heed_verdict():
                     return
+                if claims and not here and await self._has_finished():
+                    return
                 if claims:
                     await self._claim(sight, why)
                     continue
             await asyncio.sleep(SEEK_SECONDS)
+
+    async def _has_finished(self) -> bool:
+        """End, if another start has finished the run while this agent waited for its leader."""
+        station = self._station
+        finished = not station.branches and await asyncio.to_thread(station.directory.finished.exists)
+        if finished:
+            self._end(ExitCode.OK, f"the run {station.directory.name} has finished meanwhile")
+        return finished
 
     async def _outlast_the_undead(self) -> None:
         """Workers of an earlier life may hang in the kernel. Where they are, nothing can be promised, and whatever they

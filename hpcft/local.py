@@ -24,7 +24,7 @@ from typing import Any
 
 import orjson
 
-from hpcft import process, status, terms, verdicts
+from hpcft import durable, process, status, terms, verdicts
 from hpcft.checkpoint import read as checkpoint_read
 from hpcft.config import Config
 from hpcft.errors import BelowMinimumError, ExitCode, UnusableError
@@ -188,7 +188,10 @@ class _Launcher:
         elif verdict.outcome is Outcome.CANCELLED and trains and status.read(self._directory).get("checkpoints"):
             # with --from it would leave behind what it has just trained
             same = "the same command" + (" without --from" if self._from_step is not None else "")
-            self._say(f"{same} goes on from there")
+            self._say(f"{same} goes on from the newest checkpoint")
+        elif verdict.outcome is Outcome.FAILED:
+            command, run = _own_command(), _reference(self._directory)
+            self._say(f"look at it: {command} status {run}, {command} logs {run}")
 
     def _one_start(self, number: int) -> Verdict:
         start = _Start(number, f"{self._job}.{number}")
@@ -212,8 +215,8 @@ class _Launcher:
                         longest = self._longest_wait()
                         speaks_at += longest
                         self._say(
-                            f"waiting: an earlier start of {self._directory.name} was killed and may still lead "
-                            f"for up to {human_duration(longest)}"
+                            f"waiting, for up to {human_duration(longest)}: another start of {self._directory.name} "
+                            "has not let go of it; it was killed, or has just begun"
                         )
                 elif time.monotonic() > speaks_at:
                     speaks_at = math.inf
@@ -224,21 +227,53 @@ class _Launcher:
                 time.sleep(_LOOK_SECONDS)
             self._await(start)
             verdict = verdict or verdicts.read(self._directory, start.name)
-            snapshot = status.read(self._directory)
-            if snapshot.get("allocation") == start.name:
-                reporter.see(snapshot)
         finally:
-            self._end(start)
-        if verdict is not None:
-            return verdict
-        return self._without_verdict(start)
+            survivors = self._end(start)
+        if verdict is None and self._interrupts:
+            verdict = Verdict(Outcome.CANCELLED, int(ExitCode.CANCELLED), "interrupted, without a last checkpoint")
+            if not survivors:
+                self._record(start, verdict)
+        snapshot = status.read(self._directory)
+        if snapshot.get("allocation") == start.name:
+            reporter.see(snapshot)
+        elif verdict is not None:
+            self._say(f"{verdict.outcome}  {verdict.reason}")
+        return verdict or self._without_verdict(start)
+
+    def _record(self, start: _Start, verdict: Verdict) -> None:
+        """What the leader had no time for. Every process of this start is gone, so nobody can say otherwise, and the
+        next start need not wait for its leader."""
+        run = self._directory
+        try:
+            holder = terms.newest(run.terms)
+            if holder is None or holder.allocation != start.name:
+                return
+            known = orjson.loads(run.status.read_bytes())
+            if known["allocation"] == start.name:
+                said = {"outcome": verdict.outcome, "exit_code": verdict.exit_code, "reason": verdict.reason}
+                ended = {"state": verdict.outcome, "reason": verdict.reason, "verdict": said}
+                verdicts.write(run, start.name, verdict, Step(known["step"]))
+                durable.replace(run.status, orjson.dumps({**known, **ended}))
+            sign = terms.lease(run.terms, holder.term)
+            terms.renew(run.terms, holder.term, terms.TermLease(sign.count + 1, released=True))
+        except (OSError, ValueError, KeyError) as error:
+            self._say(
+                f"the end of this start could not be recorded, and the next one has to wait for its lease: {error}"
+            )
+
+    def _holder(self) -> terms.TermRecord | None:
+        """Of the newest term, which may be another start's."""
+        try:
+            return terms.newest(self._directory.terms)
+        except (OSError, ValueError):
+            return None
 
     def _may_be_led(self, start: _Start) -> bool:
         """Whether the agents wait for an earlier start's leader, which has not let go."""
+        holder = self._holder()
+        if holder is None or holder.allocation == start.name:
+            return False
         try:
-            holder = terms.newest(self._directory.terms)
-            if holder is None or holder.allocation == start.name:
-                return False
             return not terms.lease(self._directory.terms, holder.term).released
         except (OSError, ValueError):
             return False
@@ -272,10 +307,13 @@ class _Launcher:
     def _interrupted(self, number: int, frame: object) -> None:
         del frame
         self._interrupts += 1
+        holder, name = self._holder(), signal.Signals(number).name
+        leads = holder is not None and holder.allocation.rpartition(".")[0] == self._job
         if self._interrupts == 1:
-            self._say(f"{signal.Signals(number).name}: stopping after a last checkpoint; once more kills")
+            what = "stopping after a last checkpoint; once more kills" if leads else "nothing trains yet: ending"
+            self._say(f"{name}: {what}")
         for pid in process.children(os.getpid()):
-            process.send(pid, signal.SIGTERM if self._interrupts == 1 else signal.SIGKILL)
+            process.send(pid, signal.SIGTERM if self._interrupts == 1 and leads else signal.SIGKILL)
 
     def _drill(self, snapshot: Mapping[str, Any]) -> None:
         """The announced failure of a demonstration: SIGKILL to one worker of this run."""
@@ -301,8 +339,8 @@ class _Launcher:
             except subprocess.TimeoutExpired:
                 return
 
-    def _end(self, start: _Start) -> None:
-        """Nothing of this start outlives it."""
+    def _end(self, start: _Start) -> list[int]:
+        """Nothing of this start outlives it, but for processes that cannot be killed; returns those."""
         for node in start.nodes:
             if node.poll() is None:
                 node.terminate()
@@ -311,11 +349,10 @@ class _Launcher:
             self._say(f"processes that do not end (uninterruptible sleep): {survivors}")
         for node in start.nodes:
             node.poll()
+        return survivors
 
     def _without_verdict(self, start: _Start) -> Verdict:
         codes = sorted({node.returncode for node in start.nodes})
-        if self._interrupts:
-            return Verdict(Outcome.CANCELLED, int(ExitCode.CANCELLED), "interrupted")
         if codes == [0]:
             return Verdict(Outcome.FINISHED, int(ExitCode.OK), "the run has finished already")
         log = self._log()

@@ -235,10 +235,13 @@ class Ranks:
 
     def _worker_report(self, rank: _Rank, now: float) -> WorkerReport:
         reading = self._page.slot(rank.slot).read()
-        if rank.seen_at is not None and reading.step >= rank.step_seen and now > rank.seen_at:
-            rate = (reading.step - rank.step_seen) / (now - rank.seen_at)
-            rank.rate = rate if rank.rate is None else 0.7 * rank.rate + 0.3 * rate
-        rank.step_seen, rank.seen_at = reading.step, now
+        if reading.phase in (Phase.EMPTY, Phase.START, Phase.RESTORE):
+            rank.seen_at = None  # the way to the step it starts from is none of its own
+        elif reading.phase is not Phase.DONE:
+            if rank.seen_at is not None and reading.step >= rank.step_seen and now > rank.seen_at:
+                rate = (reading.step - rank.step_seen) / (now - rank.seen_at)
+                rank.rate = rate if rank.rate is None else 0.7 * rank.rate + 0.3 * rate
+            rank.step_seen, rank.seen_at = reading.step, now
         return WorkerReport(
             rank=rank.rank,
             pid=rank.pid,

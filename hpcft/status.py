@@ -309,7 +309,7 @@ def _incident_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
         down = incident["downtime_seconds"]
         lost = incident["steps_lost"]
         if down is None:
-            after = "not over yet"
+            after = "not over yet" if status["verdict"] is None else "not recovered"
         elif not down and not lost:
             after = "training went on"
         else:

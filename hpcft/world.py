@@ -190,6 +190,21 @@ class Undone:
 
 
 @dataclass(frozen=True, slots=True)
+class Stretch:
+    """Steps that one generation has trained, from `base` (not included) to `end`, and how long that took."""
+
+    base: Step
+    end: Step
+    seconds: float
+
+    def until(self, step: Step) -> Stretch:
+        """The part that a return to `step` leaves."""
+        end = min(self.end, max(self.base, step))
+        share = (end - self.base) / (self.end - self.base) if self.end > self.base else 0.0
+        return Stretch(self.base, end, self.seconds * share)
+
+
+@dataclass(frozen=True, slots=True)
 class Accounts:
     """Where the seconds of the run clock have gone."""
 
@@ -281,8 +296,8 @@ class World:
     """Since when every worker of the generation is ready."""
     base_step: Step = Step(0)
     """The step the generation started from."""
-    productive: float = 0.0
-    """Seconds spent on steps that were kept, in generations that have ended."""
+    kept: tuple[Stretch, ...] = ()
+    """What generations that have ended have trained, and is not undone; in the order of steps."""
     undone_seconds: float = 0.0
     """Seconds spent in those generations on steps that had to be repeated."""
     recovering: float = 0.0
@@ -344,7 +359,7 @@ class World:
 
     def accounts(self, now: float) -> Accounts:
         """Where the time has gone. Steps that are running now count as kept."""
-        kept, recovery = self.productive, self.recovering
+        kept, recovery = sum(each.seconds for each in self.kept), self.recovering
         if self.training_since is None:
             recovery += self.waiting_to_recover(now)
         else:
@@ -376,7 +391,8 @@ def apply(world: World, event: Event, now: float) -> World:
         case CheckpointsFound():
             asked = event.checkpoints[-1] if event.branch and event.checkpoints else None
             saved = event.checkpoints[-1] if event.checkpoints else world.saved
-            return replace(world, checkpoints=event.checkpoints, asked=asked, saved=saved)
+            found = replace(world, checkpoints=event.checkpoints, asked=asked, saved=saved)
+            return _turn_back(found, found.restore.step if found.restore else Step(0))
         case NodeJoined():
             return _join(world, event, now)
         case NodeHeard():
@@ -443,7 +459,8 @@ def _current(world: World, generation: Generation) -> bool:
 def _begin_term(world: World, event: TermBegan, now: float) -> World:
     before = world.generation, world.step
     world = _give_up_generation(world)
-    world = _close_generation(world, world.restore.step if world.restore else Step(0), now)
+    # a leader was there until then; what came after was no training
+    world = _close_generation(world, world.restore.step if world.restore else Step(0), now - event.leaderless)
     # an operator who submits it again has mended something, or takes the blame; Slurm's requeue has not
     anew = job_of(event.allocation) != job_of(world.allocation)
     gave_up = world.verdict is not None and world.verdict.outcome is Outcome.FAILED
@@ -474,7 +491,7 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
         starts=world.starts + (event.allocation != world.allocation),
         undone=world.undone,
         base_step=world.restore.step if world.restore else Step(0),
-        productive=world.productive,
+        kept=world.kept,
         undone_seconds=world.undone_seconds,
         recovering=world.recovering,
         idle_since=world.idle_since,
@@ -810,20 +827,21 @@ def _keep_checkpoint(world: World, event: CheckpointKept, now: float) -> World:
 
 
 def _close_generation(world: World, kept: Step, now: float) -> World:
-    """Account for a generation that ends, of which the steps up to `kept` survive."""
+    """Account for a generation that ends; the steps up to `kept` survive."""
     if world.training_since is None:
         return world
-    done = world.step - world.base_step
-    share = max(0, min(kept, world.step) - world.base_step) / done if done > 0 else 0.0
     until = world.trained_until(now)
-    seconds = max(0.0, until - world.training_since)
-    return replace(
-        world,
-        productive=world.productive + seconds * share,
-        undone_seconds=world.undone_seconds + seconds * (1 - share),
-        training_since=None,
-        idle_since=until,
-    )
+    trained = Stretch(world.base_step, world.step, max(0.0, until - world.training_since))
+    world = replace(world, kept=(*world.kept, trained), training_since=None, idle_since=until)
+    return _turn_back(world, kept)
+
+
+def _turn_back(world: World, step: Step) -> World:
+    """What was trained beyond `step` is undone."""
+    left = tuple(each.until(step) for each in world.kept)
+    undone = sum(before.seconds - after.seconds for before, after in zip(world.kept, left, strict=True))
+    kept = tuple(each for each in left if each.end > each.base)
+    return replace(world, kept=kept, undone_seconds=world.undone_seconds + undone)
 
 
 def _carry_out(world: World, decided: Decided, now: float) -> World:

@@ -112,7 +112,7 @@ class CheckpointDamagedError(DamagedError):
     def __init__(self, path: Path, *damages: Damage) -> None:
         super().__init__(
             f"{path} is damaged: {'; '.join(str(damage) for damage in damages)}",
-            "the next older checkpoint is used instead; `hpcft ckpt verify` lists every damage",
+            "an older one takes its place, unless this one was asked for; `hpcft ckpt verify` lists every damage",
         )
         self.path = path
         self.damages = damages

@@ -13,6 +13,7 @@ import pytest
 
 from hpcft import process
 from hpcft.checkpoint import read
+from tests.cluster import until
 from tests.e2e.localrun import LocalRun, command, exact
 
 pytestmark = [pytest.mark.local, pytest.mark.timeout(600)]
@@ -67,8 +68,28 @@ def test_a_second_ctrl_c_waits_for_nothing(tmp_path: Path) -> None:
         run.until("the first one's answer", lambda found: "once more kills" in run.said())
         at = time.monotonic()
         run.send(signal.SIGINT)
+        status = run.ends(12)
+        assert time.monotonic() - at < 20
+    assert (status["state"], status["verdict"]["exit_code"]) == ("cancelled", 12)
+    assert "cancelled  interrupted, without a last checkpoint" in run.said()
+    with run.start("--set", "train.strikes=[]"):  # at once: nobody waits for a leader that is known to be dead
+        run.until("the next start", lambda found: found.get("start") == 2)
+        run.ends(0)
+    assert "has not let go" not in run.said()
+
+
+def test_who_waits_for_a_leader_that_was_killed_is_told_so_and_may_leave(tmp_path: Path) -> None:
+    with LocalRun(tmp_path, exact(tmp_path / "digest", pause=0.2)).start() as run:
+        run.until_recorded(3, generation=1)
+        run.send(signal.SIGKILL)
+        until(lambda: run.ended() is not None and not run.left(), "everything has ended")
+    with run.start():
+        run.until("the wait", lambda found: "has not let go of it" in run.said())
+        at = time.monotonic()
+        run.send(signal.SIGTERM)
         run.ends(12)
-        assert time.monotonic() - at < 10
+        assert time.monotonic() - at < 20
+    assert "nothing trains yet: ending" in run.said() and "cancelled  interrupted" in run.said()
 
 
 def damage(checkpoint: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_run_that_was_stopped_says_how_to_go_on(tmp_path: Path, from_step: int
     assert said == [], "without a checkpoint it begins anew"
     run.status.write_bytes(orjson.dumps({"checkpoints": [{"step": 7, "generation": 1}]}))
     ours._say_what_next(cancelled)
-    assert said == [f"the same command{more} goes on from there"]
+    assert said == [f"the same command{more} goes on from the newest checkpoint"]
 
 
 def test_agents_without_a_verdict_are_explained_by_this_starts_lines(config: Config, run: RunDirectory) -> None:

@@ -10,6 +10,7 @@ from hpcft.events import (
     CheckpointCommitted,
     CheckpointFailed,
     CheckpointRef,
+    CheckpointsFound,
     CheckpointsRetired,
     Conclude,
     Decided,
@@ -28,7 +29,7 @@ from hpcft.events import (
     WorldRefused,
 )
 from hpcft.ids import Generation, Rank, Step, Term
-from hpcft.world import UNWRITTEN, Budget, Phase, World, budget_of
+from hpcft.world import UNWRITTEN, Budget, Phase, Stretch, World, budget_of
 from tests.unit.worlds import (
     at_step,
     began,
@@ -261,10 +262,26 @@ def test_goodput_counts_what_was_kept() -> None:
     assert world.goodput(50.0) == pytest.approx(40 / 50)
     world = happen(world, failed("a", 0), now=50.0)
     world = happen(world, proposed(formation("ab", 2, ref(30))), now=60.0)
-    assert world.productive == pytest.approx(40.0 * 30 / 40)
+    assert world.kept == (Stretch(Step(0), Step(30), pytest.approx(30.0)),)
     assert world.goodput(100.0) == pytest.approx(30 / 100)
     # what passes before the next formation, a back-off say, is no training either
     assert astuple(world.accounts(100.0)) == pytest.approx((30.0, 10.0, 50.0, 10.0))
+
+
+def test_steps_that_a_branch_leaves_behind_were_not_kept() -> None:
+    world = happen(training(step=0, since=10.0), at_step("a", 40), at_step("b", 40), saved(20), saved(40), now=50.0)
+    world = happen(world, Decided((Conclude(Verdict(Outcome.FINISHED, 0, "done")),), "done"), now=50.0)
+    assert astuple(world.accounts(50.0)) == pytest.approx((40.0, 0.0, 0.0, 10.0))
+    branch = CheckpointsFound((ref(20),), "--from 20")
+    world = happen(world, began("ab", term=2, allocation="8.0"), branch, now=50.0)
+    assert astuple(world.accounts(50.0)) == pytest.approx((20.0, 20.0, 0.0, 10.0))
+
+
+def test_what_nobody_led_was_no_training() -> None:
+    """A start was killed, and the next one had to wait until the leader was surely gone."""
+    world = happen(training(step=0, since=10.0), at_step("a", 40), at_step("b", 40), saved(40), now=50.0)
+    world = happen(world, replace(began("ab", term=2, allocation="8.0"), leaderless=65.0), now=115.0)
+    assert astuple(world.accounts(115.0)) == pytest.approx((40.0, 0.0, 0.0, 75.0))
 
 
 def test_a_new_start_remembers_history_and_forgets_presence() -> None:
