@@ -127,6 +127,7 @@ _root_option = click.option(
     callback=_expanded,
     help="Where the run directories are.",
 )
+_json_lines_option = click.option("--json", "as_json", is_flag=True, help="One JSON object per line instead of text.")
 _json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document instead of text.")
 
 
@@ -305,7 +306,7 @@ def status_command(run: str | None, root: Path, as_json: bool, watch: bool) -> i
 
 
 @cli.command("logs")
-@_with(_run_argument, _root_option, _json_option)
+@_with(_run_argument, _root_option, _json_lines_option)
 @click.option("--rank", type=click.IntRange(min=0), metavar="R", help="Only this worker.")
 @click.option("--node", metavar="NODE", help="Only this node.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with what is written from now on, until Ctrl-C.")

@@ -32,7 +32,7 @@ def load(path: Path | None, *, sets: Sequence[str] = (), environ: Mapping[str, s
     tree = _read(path, mistakes) if path is not None else {}
     readable = not mistakes
     origins: dict[tuple[str, str], str] = {}
-    for layer in (_from_variables(environ), _from_sets(sets, mistakes)):
+    for layer in (_from_variables(environ, mistakes), _from_sets(sets, mistakes)):
         _override(tree, layer, origins)
     if not readable:  # what is missing may stand in the file: only what is there can be judged
         raise ConfigError([*mistakes, *take_out_unknown(Config, tree, origins, where)])
@@ -62,9 +62,18 @@ _Layer: TypeAlias = list[tuple[str, str, str, str]]
 """Source, section, key and text of overrides with the same precedence."""
 
 
-def _from_variables(environ: Mapping[str, str]) -> _Layer:
+def _from_variables(environ: Mapping[str, str], mistakes: list[Mistake]) -> _Layer:
     layer = []
+    # what begins with HPCFT_LOCAL_ is for the nodes of a local cluster
+    almost = {
+        f"HPCFT_{section}_{key}".upper(): f"HPCFT_{section}__{key}".upper()
+        for section, fields in sections_of(Config).items()
+        for key in fields or ()
+        if section != "local"
+    }
     for name in sorted(environ):
+        if name in almost:
+            mistakes.append(Mistake(name, "", "two underscores separate the section from the key", almost[name]))
         section, dunder, key = name.removeprefix("HPCFT_").partition("__")
         if name.startswith("HPCFT_") and dunder:  # without it they are ours, for other purposes
             layer.append((name, section.lower(), key.lower(), environ[name]))

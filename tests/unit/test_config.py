@@ -134,6 +134,14 @@ def test_variables_without_two_underscores_are_for_other_purposes(written: Path)
     assert load(written, environ=environ) == load(written)
 
 
+def test_a_variable_with_one_underscore_too_few_is_no_other_purpose(written: Path) -> None:
+    assert load(written, environ={"HPCFT_LOCAL_NODES": "node1,node2"}) == load(written)
+    with pytest.raises(ConfigError) as caught:
+        load(written, environ={"HPCFT_NODES_MIN": "7"})
+    assert "HPCFT_NODES_MIN: two underscores separate the section from the key" in str(caught.value)
+    assert "did you mean HPCFT_NODES__MIN?" in str(caught.value)
+
+
 def test_an_override_of_the_program_replaces_that_of_the_file(written: Path) -> None:
     job = load(written, sets=["job.script=train.py"]).job
     assert (job.module, job.script) == (None, Path.cwd() / "train.py")
