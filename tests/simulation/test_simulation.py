@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcft import cadence
-from hpcft.events import Outcome, Termination
+from hpcft.events import FailureKind, Outcome, Termination
 from hpcft.world import Phase, World
 from tests.search import sampled
 from tests.simulation.cluster import Cluster, Shape, Violation
@@ -130,8 +130,9 @@ def leave(shape: Shape, at: float, breaks: list[tuple[float, int]]) -> None:
         machine = cluster.machines[list(cluster.machines)[node % shape.nodes]]
         clock.after(after, lambda machine=machine: cluster.network.break_connections(machine))  # type: ignore[misc]
     clock.run_until(clock.now + 60.0, lambda: cluster.verdict is not None or cluster.slurm.ending)
-    if any("its lease is over" in line for line in cluster.story):
-        return  # it was so long without a confirmation
+    fenced = any(each.failure.kind is FailureKind.FENCED for each in leader.world.failures)
+    if fenced or any("its lease is over" in line for line in cluster.story):
+        return  # a node was so long without a confirmation
     restore = leader.world.restore
     if restore is None or restore.step < step or restore.generation != leader.world.generation:
         cluster.violate(f"no last checkpoint was made after step {step}: there is {restore}")
