@@ -74,6 +74,9 @@ TICK_SECONDS = 0.05
 REPORT_SECONDS = 1.0
 SEEK_SECONDS = 0.2
 _NO_LEADER = "this agent does not lead"
+WARNING = (signal.SIGUSR1, signal.SIGUSR2)
+"""Ahead of the time limit: `sbatch --signal`. The batch script asks for the first, and many are used to the second."""
+ENDING = (signal.SIGTERM, signal.SIGINT)
 LEADERS_TRIED = 5
 """Agents of a start that claim a term and cannot lead, before the run is given up."""
 FOREIGN_RENEWALS = 5
@@ -187,8 +190,9 @@ class Agent:
             return Ended(ExitCode.OK, f"the run {station.directory.name} has finished already")
         self._server = await stream.serve(station.address, 0, self._secret, self._arrive)
         # a handler needs the tasks below: nothing is awaited from here until they are there
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (*ENDING, *WARNING):
             self._loop.add_signal_handler(number, self._signalled, number)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # no terminal of ours
         Inherited.unblock_signals()
         self._workers.open()
         self._page.lease_until_ns = 1  # long over: 0 would mean that no lease is needed
@@ -693,14 +697,15 @@ class Agent:
 
     def _signalled(self, number: signal.Signals) -> None:
         """Slurm warns or ends us. What that means is asked once, by the leader."""
-        name = "USR1" if number == signal.SIGUSR1 else "TERM"
         log.info("received %s", signal.Signals(number).name)
-        if name == "USR1":
+        if number in WARNING:
             self._page.warned_ns = self._page.warned_ns or now_ns()
         else:
             self._page.terminated_ns = self._page.terminated_ns or now_ns()
+        if self._ending.done():
+            return
         self._tell_signals()
-        if name == "TERM":
+        if number in ENDING:
             self._leave()
 
     def _tell_signals(self) -> None:

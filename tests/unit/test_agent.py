@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -118,6 +119,26 @@ async def test_a_claim_that_was_made_and_seemed_to_fail_holds_nobody_up(
         for task in living:
             task.cancel()
         await asyncio.gather(*living, return_exceptions=True)
+
+
+async def test_no_signal_that_slurm_may_send_ends_an_agent_at_once(allocation: Allocation) -> None:
+    agent = allocation.agent(0)
+    living = asyncio.create_task(agent.live())
+    try:
+        await asyncio.wait_for(allocation.wanted.wait(), 60)
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        for _ in range(6000):
+            if agent._page.warned_ns:
+                break
+            await asyncio.sleep(0.01)
+        assert agent._page.warned_ns and not living.done()
+        agent._end(0, "enough")
+        await living
+        agent._signalled(signal.SIGTERM)  # one that was on its way: nobody is left to heed it
+    finally:
+        living.cancel()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 async def test_after_several_agents_that_cannot_lead_the_run_is_given_up(allocation: Allocation) -> None:
