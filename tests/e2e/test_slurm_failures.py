@@ -233,7 +233,7 @@ def test_time_limit_ahead(cluster: Cluster) -> None:
 @pytest.mark.drill
 def test_time_limit_without_a_warning(cluster: Cluster) -> None:
     settings = {**SLOW, "train.steps": 300, "slurm.end_lead": "60s", "checkpoint.every": "10000 steps"}
-    run = SlurmRun(cluster, "unwarned", settings).submit("--time=1", "--signal=WINCH@10")
+    run = SlurmRun(cluster, "unwarned", settings).submit("--time=1", "--signal=URG@10")
     run.trains(past=3)
     until(lambda: int(cluster.job(run.job)["Restarts"]) == 1, "requeued", 120)
     cluster.exec(0, "scontrol", "update", f"JobId={run.job}", "TimeLimit=30", check=False)
