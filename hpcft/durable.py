@@ -9,9 +9,9 @@ without that the name itself may be lost with the power. So a reader meets a com
 - `replace` gives the name by rename(2): the new content takes the place of the old one in one step.
 - `create` gives it by link(2), which refuses an existing name: of several processes that create the same file, on
   whatever nodes, exactly one succeeds. What needs an owner (a term, a run's identity) is claimed like that.
-- `write_file` is for large files inside a directory that nobody reads yet: they are written under their own name,
-  O_EXCL, and become visible with the directory. Their digests are taken from memory on the way, so that what the
-  disk returns later is compared with what was meant, not with what was written.
+- `write_file` and `write_image` are for large files inside a directory that nobody reads yet: they are written under
+  their own name, O_EXCL, and become visible with the directory. Their digests are taken from memory on the way, so
+  that what the disk returns later is compared with what was meant, not with what was written.
 
 After a failed fsync the kernel has dropped the dirty pages and a second fsync would report success: the file is
 given up and removed, never fsynced again. Whatever fails, no file that was written aside stays behind, unless the
@@ -20,15 +20,20 @@ process is killed; such leftovers start with a dot and end in ``.aside`` (`is_as
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import xxhash
+
+T = TypeVar("T")
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -37,6 +42,9 @@ CHUNK_BYTES = 16 * 1024 * 1024
 
 _SLICE_BYTES = 4 * 1024 * 1024
 """Written at a time: the digest has just brought these bytes into the cache. write(2) ends near 2 GiB anyway."""
+
+_DIRECT_BYTES = 4096
+"""Around the page cache only whole blocks can be written. None is larger than this, on disks that there are."""
 
 _SMALL_BYTES = 64 * 1024
 """Pieces below this are gathered, so that ten thousand small tensors are not ten thousand system calls."""
@@ -110,21 +118,18 @@ def write_file(path: Path, chunks: Iterable[Buffer], mode: int = 0o644) -> Writt
     `chunks` may be of any length and are not copied, except small ones. FileExistsError: never written over.
     After any other failure the file is removed, which also gives back the room it took on a full disk.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        written = _write_digested(fd, chunks)
-        os.fsync(fd)
-    except BaseException:
-        with suppress(OSError):
-            os.close(fd)
-        _remove(path)
-        raise
-    try:
-        os.close(fd)
-    except OSError:
-        _remove(path)
-        raise
-    return written
+    return _write_new(path, mode, lambda fd: _write_digested(fd, chunks))
+
+
+def write_image(
+    path: Path, image: memoryview, *, direct: bool = False, before: Callable[[int], None] = lambda written: None
+) -> Written:
+    """`write_file` for bytes that lie in memory as one: the digest of a chunk is taken while the one before is written.
+
+    `direct` goes around the page cache (O_DIRECT; `image` has to begin at a page), where the file system lets it.
+    `before` is called ahead of each chunk with the bytes written so far; it may take its time.
+    """
+    return _write_new(path, 0o644, lambda fd: _write_image(fd, image, direct, before))
 
 
 def is_aside(name: str) -> bool:
@@ -147,21 +152,68 @@ def digest_of(parts: Iterable[Buffer]) -> str:
 
 def _write_aside(path: Path, data: Buffer, mode: int) -> Path:
     aside = path.with_name(f".{path.name}.{token_hex(6)}{_ASIDE}")
-    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    _write_new(aside, mode, lambda fd: _write_all(fd, memoryview(data)))
+    return aside
+
+
+def _write_new(path: Path, mode: int, write: Callable[[int], T]) -> T:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
-        _write_all(fd, memoryview(data))
+        written = write(fd)
         os.fsync(fd)
     except BaseException:
         with suppress(OSError):
             os.close(fd)
-        _remove(aside)
+        _remove(path)
         raise
     try:
         os.close(fd)
     except OSError:
-        _remove(aside)
+        _remove(path)
         raise
-    return aside
+    return written
+
+
+def _write_image(fd: int, image: memoryview, direct: bool, before: Callable[[int], None]) -> Written:
+    direct = direct and _go_direct(fd, True)
+
+    def put(part: memoryview) -> None:
+        nonlocal direct
+        blocks = len(part) - len(part) % _DIRECT_BYTES if direct else 0
+        written = 0
+        try:
+            while written < blocks:
+                written += os.write(fd, part[written:blocks])
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # direct writes are refused only now, or after a short one; what was written counts
+        if written < len(part):
+            direct = direct and _go_direct(fd, False)
+            _write_all(fd, part[written:])
+
+    digests = []
+    with ThreadPoolExecutor(1, thread_name_prefix="hpcft-digest") as aside:
+        for start in range(0, len(image), CHUNK_BYTES):
+            before(start)
+            part = image[start : start + CHUNK_BYTES]
+            digesting = aside.submit(digest, part)
+            put(part)
+            if not direct:  # begins to write out, and leaves the page cache to those who read
+                with suppress(OSError):
+                    os.posix_fadvise(fd, start, len(part), os.POSIX_FADV_DONTNEED)
+            digests.append(digesting.result())
+    return Written(len(image), tuple(digests))
+
+
+def _go_direct(fd: int, direct: bool) -> bool:
+    """Switch the page cache off or on again for this file; returns whether it is off now."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT)
+    except OSError:
+        return not direct
+    return direct
 
 
 def _write_digested(fd: int, chunks: Iterable[Buffer]) -> Written:

@@ -15,12 +15,11 @@ import orjson
 import torch
 from torch import Tensor
 
-from hpcft.checkpoint.image import Placed
 from hpcft.checkpoint.layout import STATE, CheckpointDamagedError, Damage
 from hpcft.checkpoint.manifest import FileEntry
 from hpcft.checkpoint.read import chunk_damage, damage_of, read_chunk, read_manifest, stat_damage
+from hpcft.checkpoint.share import cut_out, raw
 from hpcft.checkpoint.tree import DTYPES, FlatState
-from hpcft.checkpoint.write import raw
 from hpcft.durable import CHUNK_BYTES
 from hpcft.ids import RunId
 
@@ -60,7 +59,7 @@ def _read_pieces(directory: Path, entry: FileEntry, tensors: dict[str, Tensor]) 
     for item in entry.tensors:
         if item.begin == item.end:
             continue
-        place = _place(tensors[item.piece.name], item)
+        place = cut_out(tensors[item.piece.name], item.piece)
         if not place.is_contiguous():
             detour = torch.empty_like(place, memory_format=torch.contiguous_format)
             detours.append((place, detour))
@@ -69,12 +68,6 @@ def _read_pieces(directory: Path, entry: FileEntry, tensors: dict[str, Tensor]) 
     _read(directory, entry, spans)
     for place, detour in detours:
         place.copy_(detour)
-
-
-def _place(tensor: Tensor, item: Placed) -> Tensor:
-    for dimension, (start, length) in enumerate(zip(item.piece.offsets, item.piece.extent, strict=True)):
-        tensor = tensor.narrow(dimension, start, length)
-    return tensor
 
 
 def _read(directory: Path, entry: FileEntry, spans: list[tuple[int, int, memoryview]]) -> None:

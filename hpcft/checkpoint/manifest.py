@@ -238,18 +238,19 @@ def _file_to_json(entry: FileEntry) -> dict[str, Any]:
         "name": entry.name,
         "size": entry.size,
         "digests": entry.digests,
-        "tensors": [
-            {
-                "name": item.piece.name,
-                "dtype": item.piece.dtype,
-                "shape": item.piece.shape,
-                "offsets": item.piece.offsets,
-                "extent": item.piece.extent,
-                "begin": item.begin,
-                "end": item.end,
-            }
-            for item in entry.tensors
-        ],
+        "tensors": [placed_to_json(item) for item in entry.tensors],
+    }
+
+
+def placed_to_json(item: Placed) -> dict[str, Any]:
+    return {
+        "name": item.piece.name,
+        "dtype": item.piece.dtype,
+        "shape": item.piece.shape,
+        "offsets": item.piece.offsets,
+        "extent": item.piece.extent,
+        "begin": item.begin,
+        "end": item.end,
     }
 
 
@@ -258,7 +259,7 @@ def _parse_file(fields: Fields) -> FileEntry:
         name=fields.text("name"),
         size=fields.whole("size", 1),
         digests=fields.texts("digests"),
-        tensors=fields.each("tensors", _parse_placed),
+        tensors=fields.each("tensors", parse_placed),
     )
     if len(entry.digests) != -(-entry.size // CHUNK_BYTES):
         raise fields.refuse(f"has {len(entry.digests)} digests for {entry.size} bytes")
@@ -282,7 +283,8 @@ def _parse_file(fields: Fields) -> FileEntry:
     return entry
 
 
-def _parse_placed(fields: Fields) -> Placed:
+def parse_placed(fields: Fields) -> Placed:
+    """The inverse. MalformedError: not a piece in its place."""
     piece = Piece(
         name=fields.text("name"),
         dtype=fields.text("dtype"),

@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hpcft.checkpoint.layout import checkpoint_name
+from hpcft.checkpoint.share import save_share
 from hpcft.checkpoint.tree import flatten
-from hpcft.checkpoint.write import save_share
 from hpcft.data.ledger import LedgerWriter
 from hpcft.data.loader import Data
 from hpcft.errors import HpcftError, UsageError

@@ -16,8 +16,8 @@ from hpcft.checkpoint.layout import MARKS, checkpoint_name
 from hpcft.checkpoint.manifest import ShardReport
 from hpcft.checkpoint.read import read_latest, read_manifest
 from hpcft.checkpoint.retention import emptying, put_into_trash
+from hpcft.checkpoint.share import save_share
 from hpcft.checkpoint.tree import FlatState, flatten
-from hpcft.checkpoint.write import save_share
 from hpcft.errors import NotFoundError
 from hpcft.ids import Generation, Rank, RunId, Step, Term
 

@@ -34,8 +34,9 @@ from hpcft.checkpoint.load import load
 from hpcft.checkpoint.manifest import ShardReport
 from hpcft.checkpoint.read import entries, read_latest, read_manifest, verify
 from hpcft.checkpoint.retention import discard
+from hpcft.checkpoint.share import save_share
 from hpcft.checkpoint.tree import FlatState, flatten
-from hpcft.checkpoint.write import SaveError, save_share
+from hpcft.checkpoint.write import SaveError
 from hpcft.ids import Generation, Rank, Step
 
 torch.set_num_threads(1)
@@ -339,7 +340,7 @@ def test_memory_for_a_save_does_not_grow_with_the_state(tmp_path: Path) -> None:
     """Largest case: nothing is contiguous. A child measures its own peak, before and after."""
     script = (
         "import resource, sys; from pathlib import Path; import torch\n"
-        "from hpcft.checkpoint.tree import flatten; from hpcft.checkpoint.write import save_share\n"
+        "from hpcft.checkpoint.tree import flatten; from hpcft.checkpoint.share import save_share\n"
         "torch.set_num_threads(1)\n"
         "state = flatten({'t': torch.ones(4096, 16384).T, 'c': torch.ones(1 << 26)})\n"
         "save_share(Path(sys.argv[1]), 'step-00000001-g0001', 'warm', 0, 1, flatten({'x': torch.ones(5).flip(0)}))\n"

@@ -6,6 +6,7 @@ import random
 import shutil
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ from checkpoint_samples import RUN, bits, committed, contents, facts, same_tenso
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hpcft.checkpoint import write
 from hpcft.checkpoint.commit import commit
-from hpcft.checkpoint.layout import CheckpointDamagedError, checkpoint_name, seal, sidecar_name, staging_name, unseal
+from hpcft.checkpoint.image import lay_out
+from hpcft.checkpoint.layout import CheckpointDamagedError, checkpoint_name, seal, unseal
 from hpcft.checkpoint.load import load
-from hpcft.checkpoint.manifest import Manifest, ShardReport, Sidecar
+from hpcft.checkpoint.manifest import Manifest
 from hpcft.checkpoint.pieces import Piece, index_digest
 from hpcft.checkpoint.read import (
     UnreadableError,
@@ -31,7 +32,9 @@ from hpcft.checkpoint.read import (
     read_manifest,
     verify,
 )
+from hpcft.checkpoint.share import content, words_of
 from hpcft.checkpoint.tree import flatten, unflatten
+from hpcft.checkpoint.write import Plan, write_share
 from hpcft.durable import CHUNK_BYTES, digest, write_file
 from hpcft.errors import NotFoundError, UnusableError
 from hpcft.ids import Generation, Rank, Step
@@ -117,17 +120,17 @@ def test_pieces_cut_in_any_dimension_are_put_together(tmp_path: Path) -> None:
     whole = torch.arange(60, dtype=torch.float32).reshape(6, 10)
     state = flatten({"w": whole})
     name = checkpoint_name(Step(1), Generation(1))
-    staging = tmp_path / staging_name(name, "c0de")
-    staging.mkdir()
     boxes = [((0, 0), (6, 4)), ((0, 4), (2, 6)), ((2, 4), (4, 6))]
     reports = []
     for rank, (offsets, extent) in enumerate(boxes):
         piece = Piece("w", "F32", (6, 10), offsets, extent)
-        files = write._write_files(staging, Rank(rank), 3, state, [piece])
-        sidecar = Sidecar(files, None, {}).to_bytes()
-        write_file(staging / sidecar_name(rank, 3), [sidecar])
-        index = index_digest(state.index())
-        reports.append(ShardReport(name, "c0de", Rank(rank), 3, index, digest(sidecar), 0))
+        image = lay_out([piece])
+        plan = Plan(Rank(rank), 3, index_digest(state.index()), image.placed, image.size)
+        words = words_of(Rank(rank), state, None)
+        bytes_of = partial(content, state, image)
+        reports.append(
+            write_share(tmp_path, name, "c0de", plan, words, lambda path, of=bytes_of: write_file(path, of()))
+        )
     done = commit(tmp_path, reports, replace(facts(), mesh={"shard": 3}))
     assert verify(done.directory) == []
     assert torch.equal(load(done.directory).tensors["w"], whole)
