@@ -64,6 +64,7 @@ from hpcft.membership import (
 from hpcft.page import NodePage, Order, now_ns
 from hpcft.ranks import Ranks
 from hpcft.rundir import RunDirectory
+from hpcft.snapshots import Answer, Run, Snapshots
 from hpcft.store import Heartbeat, HeartbeatWriter, import_torch
 from hpcft.terms import Sight, TermLease, TermRecord, TermWatch
 from hpcft.workers import Fenced, KeeperLost, PoolEvent, PoolLost, PoolReady, PreloadFault, WorkerExited, Workers
@@ -144,14 +145,16 @@ class Agent:
         station: Station,
         page: NodePage,
         workers: Callable[[Callable[[PoolEvent], None]], Workers],
-        ranks: Callable[[Incarnation, Callable[[Event], None], Callable[[Mapping[str, Any]], None]], Ranks],
+        snapshots: Callable[[Answer, Run], Snapshots],
+        ranks: Callable[[Incarnation, Snapshots, Callable[[Event], None], Callable[[Mapping[str, Any]], None]], Ranks],
         lead: Callable[[TermRecord, float], Awaitable[Leader]],
     ) -> None:
         self._station = station
         self._page = page
         self._incarnation = Incarnation(secrets.token_hex(6))
         self._workers = workers(self._see_pool)
-        self._ranks = ranks(self._incarnation, self._say, self._tell)
+        self._snapshots = snapshots(self._workers.tell, self._run_errand)
+        self._ranks = ranks(self._incarnation, self._snapshots, self._say, self._tell)
         self._lead = lead
         self._loop = asyncio.get_running_loop()
         self._membership = Membership(station.node, self._incarnation, station.timing)
@@ -218,6 +221,7 @@ class Agent:
             # Slurm ends what is left of the step when the batch script is over: by then this is only slow to leave
             signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
             stuck = await self._workers.end(0.0)
+            self._snapshots.end()
             await self._workers.close()
             for inquirer in self._inquirers if not stuck else ():
                 inquirer.send({"answer": Reach.ENDED})
@@ -559,10 +563,11 @@ class Agent:
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._tasks.create_task(work, name=name)
 
-    def _run_errand(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _run_errand(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         errand = self._tasks.create_task(work, name=name)
         self._errands.add(errand)
         errand.add_done_callback(self._errands.discard)
+        return errand
 
     def _start_workers(self, formation: Formation) -> None:
         # the leader says start only after it has told everybody where to meet

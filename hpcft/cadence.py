@@ -85,8 +85,8 @@ def meeting_step(world: World, pace: Pace, now: float, lead: float) -> Step:
 def missed(world: World, step: Step, *, stop: bool) -> bool:
     """Whether some rank has gone on from `step` without having saved it; asked as long as not all have reported that.
 
-    Who is to stop there writes its checkpoint, and then waits. Else nobody gets beyond the next step before all have
-    saved: each step ends with a collective.
+    Who is to stop there saves, and then waits. Else nobody gets beyond the next step before all have saved, or taken
+    the copy that will be written: each step ends with a collective.
     """
     if not stop:
         return world.step > step
@@ -142,7 +142,7 @@ class Saving:
         if not stop:
             if newest >= step or refused >= step:
                 return replace(self, order=None), None  # the cadence has its next turn
-            if waited and missed(world, step, stop=False) and not settled(step):
+            if waited and missed(world, step, stop=False) and not (settled(step) or world.taken(step)):
                 return self._told(self.ordered(world, pace, now, stop=False))
             return self, None
         late = missed(world, step, stop=True)

@@ -36,6 +36,7 @@ from hpcft.events import (
     CheckpointFailed,
     CheckpointKept,
     CheckpointRef,
+    CheckpointSkipped,
     CheckpointsRetired,
     Event,
     Formation,
@@ -69,6 +70,8 @@ class Commits:
         self._settled: set[Step] = set()
         """Saves of which the last word has been spoken: what is said of them again changes nothing."""
         self._superseded: set[Step] = set()
+        self._dropped: set[Step] = set()
+        """Given up: what a rank that was late still writes of them goes, too."""
         self._parent: str | None = None  # the committing thread's: the newest checkpoint of the lineage
         self._closed = threading.Event()
         self._committing = _Thread("hpcft-commit", root)
@@ -81,12 +84,17 @@ class Commits:
         self._reports.clear()
         self._settled.clear()
         self._superseded.clear()
+        self._dropped.clear()
         self._committing.put(lambda: self._turn_to(formation))
 
     def reported(self, generation: Generation, step: Step, rank: Rank, report: Mapping[str, Any]) -> None:
         """Rank `rank` has made its files of `step` durable. It may say so again, when a connection was lost."""
         formation = self._formation
-        if formation is None or formation.generation != generation or step in self._settled:
+        if formation is None or formation.generation != generation:
+            return
+        if step in self._settled:
+            if step in self._dropped:
+                self._drop(formation, step)
             return
         reports = self._reports.setdefault(step, {})
         reports[rank] = ShardReport.parse(report)
@@ -107,6 +115,14 @@ class Commits:
         formation = self._formation
         if formation is not None and formation.generation == generation:
             self._give_up(formation, step, f"rank {rank}: {reason}")
+
+    def skipped(self, generation: Generation, step: Step, rank: Rank, reason: str) -> None:
+        """Rank `rank` takes no part in the save of `step`, so there is none."""
+        formation = self._formation
+        if formation is None or formation.generation != generation or step in self._settled:
+            return
+        self._drop(formation, step)
+        self._deliver(CheckpointSkipped(step, generation, f"rank {rank}: {reason}"))
 
     def supersede(self, step: Step) -> None:
         """A later step was ordered as well. Some rank may have passed this one: then it is no failure that it is not
@@ -148,6 +164,7 @@ class Commits:
 
     def _drop(self, formation: Formation, step: Step) -> None:
         self._settled.add(step)
+        self._dropped.add(step)
         self._reports.pop(step, None)
         name = checkpoint_name(step, formation.generation)
         self._committing.put(lambda: self._discard(name, formation.nonce))

@@ -82,6 +82,21 @@ class WorkerReport:
     """Of its last step, if the program counts them."""
 
 
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """A copy of a rank's share that is being written, for people to read."""
+
+    rank: Rank
+    step: Step
+    seconds: float
+    """Since the copy was made."""
+    written: int
+    """Bytes, as far as is known."""
+    size: int
+    silent: float
+    """Seconds since the last sign of progress."""
+
+
 class FailureKind(StrEnum):
     """How a worker failed. Decides which budget pays for it."""
 
@@ -306,6 +321,11 @@ class NodeReported:
     node: NodeId
     generation: Generation
     workers: tuple[WorkerReport, ...]
+    saves: tuple[SaveReport, ...] = ()
+    reserved: int = 0
+    """Bytes of shared memory that the node holds for copies of the state."""
+    low_memory: str = ""
+    """Why there is less of it than there should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +357,15 @@ class WorkerStopped:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotTaken:
+    """All ranks of the node have copied, or written, their shares of this step: it will not come again."""
+
+    node: NodeId
+    generation: Generation
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointCommitted:
     checkpoint: CheckpointRef
     seconds: float
@@ -353,6 +382,15 @@ class CheckpointsRetired:
 @dataclass(frozen=True, slots=True)
 class CheckpointFailed:
     """A save that did not become a checkpoint. Training goes on."""
+
+    step: Step
+    generation: Generation
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSkipped:
+    """A save that was left out: the copies of earlier ones were still being written. Training was not to wait."""
 
     step: Step
     generation: Generation
@@ -513,9 +551,11 @@ Event: TypeAlias = (
     | WorkerFailed
     | WorkerReturned
     | WorkerStopped
+    | SnapshotTaken
     | CheckpointCommitted
     | CheckpointsRetired
     | CheckpointFailed
+    | CheckpointSkipped
     | CheckpointDamaged
     | CheckpointKept
     | TerminationAsked

@@ -36,7 +36,7 @@ import orjson
 
 from hpcft import durable, wire
 from hpcft.errors import DamagedError
-from hpcft.events import CheckpointsFound, Event, NodeHeard, NodeReported, Progressed, Ticked
+from hpcft.events import CheckpointsFound, Event, NodeHeard, NodeReported, Progressed, SnapshotTaken, Ticked
 from hpcft.ids import Generation, Incarnation, NodeId, Term
 from hpcft.world import World, apply
 
@@ -73,8 +73,8 @@ class Replayed:
 
 
 def is_journaled(event: Event) -> bool:
-    """Heartbeats and the passing of time are not history."""
-    return not isinstance(event, NodeHeard | NodeReported | Ticked)
+    """Heartbeats, copies in memory and the passing of time are not history."""
+    return not isinstance(event, NodeHeard | NodeReported | SnapshotTaken | Ticked)
 
 
 def replay(directory: Path) -> Replayed:

@@ -55,6 +55,7 @@ from hpcft.events import (
     RequeueAccepted,
     RequeueRefused,
     SaveAndStop,
+    SnapshotTaken,
     Start,
     StopAsked,
     TermBegan,
@@ -86,7 +87,7 @@ SILENT_SLACK_SECONDS = 60.0
 """What the run clock makes up for beyond a leader's usual silence in its journal: for slow steps, and a late disk."""
 
 
-PLENTIFUL = NodeHeard | NodeReported | Progressed
+PLENTIFUL = NodeHeard | NodeReported | Progressed | SnapshotTaken
 """A thousand nodes say these some thousand times a second."""
 
 
@@ -350,6 +351,9 @@ class Leader:
 
     def shard_reported(self, generation: int, step: int, rank: int, report: Any) -> None:
         self._commits.reported(Generation(generation), Step(step), Rank(rank), report)
+
+    def save_skipped(self, generation: int, step: int, rank: int, reason: Any) -> None:
+        self._commits.skipped(Generation(generation), Step(step), Rank(rank), str(reason))
 
     def save_failed(self, generation: int, step: int, rank: int, reason: Any) -> None:
         self._commits.failed(Generation(generation), Step(step), Rank(rank), str(reason))

@@ -52,6 +52,7 @@ from hpcft.policy import Rules
 from hpcft.ranks import Assignment, Ranks
 from hpcft.rundir import RunDirectory
 from hpcft.slurm.environment import Allocation, from_environment, own_address
+from hpcft.snapshots import Answer, Run, SaveSettings, Snapshots
 from hpcft.store import forget_dns, quiet_torch
 from hpcft.terms import TermRecord
 from hpcft.workers import LogLimits, PoolEvent, Workers
@@ -189,10 +190,17 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
     def workers(see: Callable[[PoolEvent], None]) -> Workers:
         return Workers(inherited.keeper, limits, see)
 
+    def snapshots(answer: Answer, run: Run) -> Snapshots:
+        kept = config.checkpoint
+        return Snapshots(SaveSettings(directory.checkpoints, kept.memory, kept.slots, kept.max_bandwidth), answer, run)
+
     def ranks(
-        incarnation: Incarnation, say: Callable[[Event], None], tell: Callable[[Mapping[str, Any]], None]
+        incarnation: Incarnation,
+        held: Snapshots,
+        say: Callable[[Event], None],
+        tell: Callable[[Mapping[str, Any]], None],
     ) -> Ranks:
-        return Ranks(assignment, incarnation, inherited.page, say, tell)
+        return Ranks(assignment, incarnation, inherited.page, held, say, tell)
 
     async def lead(record: TermRecord, leaderless: float) -> Leader:
         await asyncio.to_thread(durable.replace, directory.config, config.to_json())
@@ -218,7 +226,7 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
             status_view.snapshot,
         )
 
-    return await Agent(station, inherited.page, workers, ranks, lead).live()
+    return await Agent(station, inherited.page, workers, snapshots, ranks, lead).live()
 
 
 def read_history(

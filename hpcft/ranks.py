@@ -8,7 +8,8 @@ sentence. Workers that this node has ended on purpose are no longer its ranks, s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hpcft.events import (
     Formation,
     NodeReported,
     Progressed,
+    SnapshotTaken,
     WorkerFailed,
     WorkerReport,
     WorkerReturned,
@@ -31,6 +33,7 @@ from hpcft.events import (
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step
 from hpcft.page import NodePage, Phase
+from hpcft.snapshots import Snapshots
 from hpcft.units import EverySteps
 from hpcft.worker.spec import STATUS_DAMAGED, STATUS_FENCED, STATUS_STOPPED, STATUS_UNREADABLE
 from hpcft.workers import NOT_STARTED, WorkerEvent, WorkerExited, WorkerSaid, WorkerSpawned
@@ -70,6 +73,7 @@ class Ranks:
         assignment: Assignment,
         incarnation: Incarnation,
         page: NodePage,
+        snapshots: Snapshots,
         say: Callable[[Event], None],
         tell: Callable[[Mapping[str, Any]], None],
     ) -> None:
@@ -82,8 +86,12 @@ class Ranks:
         self._ranks: dict[str, _Rank] = {}
         self._progress: tuple[Generation, Step] | None = None
         self._outcomes: list[Event] = []
+        self._snapshots = snapshots
         self._saves: dict[Rank, Mapping[str, Any]] = {}
         """What was last told of each rank's saves."""
+        self._taken: dict[Step, set[Rank]] = {}
+        """Who has a copy of a step, or has written it, as long as some have not."""
+        self._all_took: SnapshotTaken | None = None
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -98,12 +106,15 @@ class Ranks:
         self._ranks = {}
         self._outcomes = []
         self._saves = {}
+        self._taken, self._all_took = {}, None
         specs = {}
         for slot, rank in enumerate(member.ranks()):
             self._page.clear_slot(slot)
             name = f"g{formation.generation:04}-rank{rank:04}"
             self._ranks[name] = _Rank(Rank(rank), slot)
             specs[name] = worker_spec(self._assignment, formation, slot, Rank(rank), member.workers, store)
+        workers = {each.slot: (name, each.rank) for name, each in self._ranks.items()}
+        self._snapshots.begin(formation, workers, self._tell_save)
         return specs
 
     def forget(self) -> None:
@@ -112,6 +123,7 @@ class Ranks:
         self._ranks = {}
         self._outcomes = []
         self._saves = {}
+        self._all_took = None
 
     def report_last(self) -> None:
         """Nobody trains here: how far the last ones were, before this agent perhaps, is what a recovery loses."""
@@ -127,6 +139,8 @@ class Ranks:
             self.report_last()
         self._progress = None
         self.report_progress()
+        if self._all_took is not None:
+            self._say(self._all_took)
         for message in self._saves.values():
             self._tell(message)
         for event in self._outcomes:
@@ -145,28 +159,51 @@ class Ranks:
     def see(self, event: WorkerEvent) -> None:
         rank, formation = self._ranks.get(event.worker), self._formation
         if rank is None or formation is None:
+            if isinstance(event, WorkerSaid):
+                close_all(event.fds)
             return
         match event:
             case WorkerSpawned(pid=pid):
                 rank.pid = pid
                 if self._assignment.config.job.command is not None:
                     self._became_ready(rank, formation)
-            case WorkerSaid(message=message):
-                self._heard(rank, formation, message)
+            case WorkerSaid(message=message, fds=fds):
+                self._heard(rank, formation, message, fds)
             case WorkerExited():
                 self._exited(rank, formation, event)
 
-    def _heard(self, rank: _Rank, formation: Formation, message: Mapping[str, Any]) -> None:
+    def _heard(self, rank: _Rank, formation: Formation, message: Mapping[str, Any], fds: tuple[int, ...]) -> None:
         about = {"generation": formation.generation, "rank": rank.rank}
         match message:
             case {"kind": "ready"}:
                 self._became_ready(rank, formation)
+            case {"kind": "reserve", "size": size} if fds:
+                self._snapshots.asked(rank.slot, size, fds[0])
+                fds = fds[1:]
+            case {"kind": "snapshot", "step": step}:
+                self._snapshots.copied(rank.slot, message, fds[0] if fds else None)
+                self._took(rank.rank, formation, Step(step))
+                fds = fds[1:]
+            case {"kind": "skipped", "step": step, "reason": reason}:
+                self._tell_save(rank.rank, {"skipped": {**about, "step": step, "reason": reason}})
             case {"kind": "shard", "step": step, "report": report}:
+                self._took(rank.rank, formation, Step(step))
                 self._tell_save(rank.rank, {"shard": {**about, "step": step, "report": report}})
             case {"kind": "save_failed", "step": step, "reason": reason}:
                 self._tell_save(rank.rank, {"save_failed": {**about, "step": step, "reason": reason}})
             case {"kind": kind}:
                 rank.last_words[str(kind)] = message
+        close_all(fds)
+
+    def _took(self, rank: Rank, formation: Formation, step: Step) -> None:
+        """The rank has a copy of this step, or has written it."""
+        taken = self._taken.setdefault(step, set())
+        taken.add(rank)
+        if len(taken) == len(self._ranks):
+            for older in [each for each in self._taken if each <= step]:
+                del self._taken[older]
+            self._all_took = SnapshotTaken(self._assignment.node, formation.generation, step)
+            self._say(self._all_took)
 
     def _tell_save(self, rank: Rank, message: Mapping[str, Any]) -> None:
         self._saves[rank] = message
@@ -231,7 +268,16 @@ class Ranks:
         if self._formation is None or not self._ranks:
             return
         workers = tuple(self._worker_report(rank, now) for rank in self._ranks.values())
-        self._say(NodeReported(self._assignment.node, self._formation.generation, workers))
+        self._say(
+            NodeReported(
+                self._assignment.node,
+                self._formation.generation,
+                workers,
+                saves=self._snapshots.report(),
+                reserved=self._snapshots.reserved,
+                low_memory=self._snapshots.refused,
+            )
+        )
 
     def _worker_report(self, rank: _Rank, now: float) -> WorkerReport:
         reading = self._page.slot(rank.slot).read()
@@ -313,7 +359,12 @@ def worker_spec(
         "group_timeout": config.recovery.group_timeout,
         "restore": _restore(assignment.run_directory, formation.restore),
         "seed": config.run.seed,
-        "checkpoint": {"every_steps": every.steps if isinstance(every, EverySteps) else None},
+        "checkpoint": {
+            "every_steps": every.steps if isinstance(every, EverySteps) else None,
+            "copies": config.checkpoint.mode == "async",
+            "waits": config.checkpoint.busy == "wait",
+            "needs_copies": config.checkpoint.low_memory == "stop",
+        },
         "data": {
             "ledger": config.data.ledger,
             "workers": config.data.workers,
@@ -324,6 +375,11 @@ def worker_spec(
         "args": list(config.job.args),
         "device": assignment.gpus[slot] if slot < len(assignment.gpus) else None,
     }
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _restore(run_directory: Path, checkpoint: CheckpointRef | None) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from hpcft.events import (
     Order,
     PeerAnswered,
     Progressed,
+    SnapshotTaken,
     StreamClosed,
     WorkerFailed,
     WorkerReturned,
@@ -46,6 +47,7 @@ FROM_AGENTS = (
     | WorkerFailed
     | WorkerReturned
     | WorkerStopped
+    | SnapshotTaken
 )
 
 Message: TypeAlias = Mapping[str, Any]
@@ -62,6 +64,8 @@ class Chair(Protocol):
     def heard(self, event: NodeHeard) -> None: ...
 
     def shard_reported(self, generation: int, step: int, rank: int, report: Any) -> None: ...
+
+    def save_skipped(self, generation: int, step: int, rank: int, reason: Any) -> None: ...
 
     def save_failed(self, generation: int, step: int, rank: int, reason: Any) -> None: ...
 
@@ -144,6 +148,8 @@ class Reception:
                     self._chair.feed(event)
             case {"shard": {"generation": generation, "step": step, "rank": rank, "report": report}}:
                 self._chair.shard_reported(generation, step, rank, report)
+            case {"skipped": {"generation": generation, "step": step, "rank": rank, "reason": reason}}:
+                self._chair.save_skipped(generation, step, rank, reason)
             case {"save_failed": {"generation": generation, "step": step, "rank": rank, "reason": reason}}:
                 self._chair.save_failed(generation, step, rank, reason)
             case {"signal": str(name), "age": int() | float() as age}:

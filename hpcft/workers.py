@@ -61,6 +61,8 @@ class WorkerSaid:
 
     worker: str
     message: dict[str, Any]
+    fds: tuple[int, ...] = ()
+    """Descriptors that came along; whoever consumes the event closes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +262,15 @@ class Workers:
         if self._pool is not None:
             self._send({"op": "hold"}, [os.dup(self._held)])
 
+    def tell(self, name: str, message: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
+        """Say something to a worker that lives, and listens; else nothing happens. The descriptors are not closed."""
+        for worker in self._workers.values():
+            if worker.name == name:
+                try:
+                    socket.send_fds(worker.channel, [orjson.dumps(message)], fds)
+                except OSError as error:  # its end is told soon, or it does not listen any more
+                    log.warning("worker %s was not told %r: %s", name, message.get("kind"), error.strerror)
+
     def kill_all(self) -> None:
         """SIGKILL all workers, with everything they started. Does not wait."""
         for worker in list(self._workers.values()):
@@ -428,11 +439,11 @@ class Workers:
 
     def _hear_worker(self, worker: _Worker) -> bool:
         try:
-            packet = worker.channel.recv(_PACKET)
+            packet, fds, _, _ = socket.recv_fds(worker.channel, _PACKET, 8, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return False
         except OSError:
-            packet = b""
+            packet, fds = b"", []
         if not packet:
             self._loop.remove_reader(worker.channel)
             return False
@@ -441,8 +452,9 @@ class Workers:
         except ValueError:
             message = None
         if isinstance(message, dict) and isinstance(message.get("kind"), str):
-            self._events.put_nowait(WorkerSaid(worker.name, message))
+            self._events.put_nowait(WorkerSaid(worker.name, message, tuple(fds)))
         else:
+            _close_all(fds)
             log.warning("worker %s sent a packet that is no message: %r", worker.name, packet[:80])
         return True
 

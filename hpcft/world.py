@@ -33,6 +33,7 @@ from hpcft.events import (
     CheckpointKept,
     CheckpointRef,
     CheckpointsFound,
+    CheckpointSkipped,
     CheckpointsRetired,
     Commit,
     Conclude,
@@ -57,6 +58,7 @@ from hpcft.events import (
     RequeueAccepted,
     RequeueRefused,
     SaveAndStop,
+    SnapshotTaken,
     StopAsked,
     StreamClosed,
     TermBegan,
@@ -77,6 +79,10 @@ from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 UNWRITTEN = 100
 """How many generations a lost leader may have formed, at most, that its journal does not show: the run directory was
 not answering. Their numbers are skipped, for files carry them."""
+
+
+SNAPSHOTS_KNOWN = 4
+"""Of so many steps it is remembered who has a copy."""
 
 
 class Phase(StrEnum):
@@ -248,6 +254,10 @@ class World:
     returned_at: float = 0.0
     """When the last of them did."""
     stopped: frozenset[Rank] = frozenset()
+    snapshots: Mapping[Step, frozenset[NodeId]] = field(default_factory=dict)
+    """The latest steps of which members have taken copies, and which have."""
+    save_skipped: tuple[Step, str] | None = None
+    """The last save of this generation that was left out, and why."""
     lost_members: tuple[NodeId, ...] = ()
     """Members of the current formation that are no longer in office."""
     broken_at: float | None = None
@@ -304,6 +314,8 @@ class World:
     """Seconds between generations that failures have cost."""
     idle_since: float = 0.0
     """When the last generation that trained was given up; 0 before the first."""
+    skipped: int = 0
+    """Saves that were left out because earlier ones were still being written."""
     total_steps: Step | None = None
     """How many steps the program means to make, if it said so."""
     last_reason: str = ""
@@ -311,6 +323,12 @@ class World:
     save_failed: tuple[Step, str] | None = None
     """The last save that did not become a checkpoint, and why."""
     verdict: Verdict | None = None
+
+    def taken(self, step: Step) -> bool:
+        """Whether every member has a copy of its share of this step."""
+        if self.formation is None:
+            return False
+        return self.snapshots.get(step, frozenset()) >= {member.node for member in self.formation.members}
 
     def node(self, node: NodeId) -> Node | None:
         return next((known for known in self.nodes if known.id == node), None)
@@ -432,6 +450,12 @@ def apply(world: World, event: Event, now: float) -> World:
             return replace(world, checkpoints=left)
         case CheckpointFailed():
             return _fail_checkpoint(world, event, now)
+        case CheckpointSkipped():
+            if not _current(world, event.generation):
+                return world
+            return replace(world, skipped=world.skipped + 1, save_skipped=(event.step, event.reason))
+        case SnapshotTaken():
+            return _take_snapshot(world, event)
         case CheckpointDamaged():
             return _lose_checkpoint(world, event, now)
         case CheckpointKept():
@@ -788,6 +812,14 @@ def _commit_checkpoint(world: World, event: CheckpointCommitted) -> World:
     return replace(world, checkpoints=(*world.checkpoints, event.checkpoint), saved=event.checkpoint)
 
 
+def _take_snapshot(world: World, event: SnapshotTaken) -> World:
+    if not _current(world, event.generation):
+        return world
+    taken = {**world.snapshots, event.step: world.snapshots.get(event.step, frozenset()) | {event.node}}
+    newest = sorted(taken)[-SNAPSHOTS_KNOWN:]
+    return replace(world, snapshots={step: taken[step] for step in newest})
+
+
 def _fail_checkpoint(world: World, event: CheckpointFailed, now: float) -> World:
     if not _current(world, event.generation):
         return world
@@ -874,6 +906,8 @@ def _carry_out(world: World, decided: Decided, now: float) -> World:
                     lost_members=(),
                     broken_at=None,
                     save_failed=None,
+                    save_skipped=None,
+                    snapshots={},
                     suspected=None,
                     examined=None,
                     base_step=base,

@@ -4,7 +4,8 @@ An arena is a memfd: it has no name that could collide with another job's or be 
 process that holds it. The agent makes it, once, and touches all its pages: a copy into fresh pages takes ten times as
 long as one into pages that are there (docs/decisions/0012-arenas.md). The worker gets it by descriptor and maps it.
 
-What lies in it is the image of a shard (see `image`), byte by byte the file that it becomes.
+What lies in it is the image of a shard (see `image`), byte by byte the file that it becomes. What is said once in a
+save, and may be long, goes into a memory file of its own (`memory_file`).
 """
 
 from __future__ import annotations
@@ -69,3 +70,24 @@ class Arena:
         with suppress(BufferError):  # tensors still look at it: it goes with them
             self._map.close()
         os.close(self.fd)
+
+
+def content_of(fd: int) -> bytes:
+    """All bytes of a memory file."""
+    size = os.fstat(fd).st_size
+    if not size:
+        return b""
+    with mmap.mmap(fd, size, access=mmap.ACCESS_READ) as mapped:
+        return bytes(mapped)
+
+
+def memory_file(name: str, content: bytes) -> int:
+    """The inverse: a memory file that can be handed to another process. The caller owns the descriptor."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(content)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

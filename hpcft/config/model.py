@@ -11,13 +11,23 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeAlias, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from hpcft.config.checking import ConfigError, Contradiction, Mistake, check
-from hpcft.units import Cadence, Duration, EverySteps, Size, Written, duration_text, parse_duration, parse_size
+from hpcft.units import (
+    Cadence,
+    Duration,
+    EverySteps,
+    Size,
+    Written,
+    duration_text,
+    parse_duration,
+    parse_size,
+    toml_text,
+)
 
 
 def _program_list(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -205,6 +215,40 @@ class CheckpointSection(_Section):
         EverySteps(200),
         description='How often: `"200 steps"`, `"60s"`, or `"off"`. What a failure costs is half of this on '
         "average; what it costs without failures is the time of one save, this often.",
+    )
+    mode: Literal["async", "sync"] = Field(
+        "async",
+        description='`"async"`: training waits for a copy of the state into shared memory, and goes on while that is '
+        'written. `"sync"`: training waits until all is written, and no memory is needed.',
+    )
+    busy: Literal["skip", "wait"] = Field(
+        "skip",
+        description='What a save does that comes while the copies of earlier ones are still being written. `"skip"`: '
+        'it is left out, and counted. `"wait"`: training waits for it. The last save of a run is never left out.',
+    )
+    slots: int = Field(
+        2,
+        ge=1,
+        le=8,
+        description="Copies of its share of the state that each rank has memory for. With one, a save is left out (or "
+        "waits) as long as the one before is being written.",
+    )
+    memory: Size | None = Field(
+        None,
+        gt=0,
+        description="Memory that these copies may take on a node. Without it: as much as the machine and the job's "
+        "cgroups have to spare when training begins.",
+    )
+    low_memory: Literal["write", "stop"] = Field(
+        "write",
+        description='What happens where the memory does not suffice for a single copy. `"write"`: saves are as with '
+        '`checkpoint.mode = "sync"`, on that node. `"stop"`: the run stops and says so.',
+    )
+    max_bandwidth: Size | None = Field(
+        None,
+        gt=0,
+        description="Bytes per second that a node writes at most. Set it where checkpoints of many nodes disturb "
+        "others on the file system.",
     )
     keep: int = Field(
         3, ge=1, description="How many of the newest checkpoints are kept. Raise it to be able to go back further."
@@ -395,6 +439,8 @@ def kind_of(field: FieldInfo) -> str:
         if isinstance(mark, Written):
             return mark.kind
     annotation: Any = field.annotation
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{toml_text(choice)}`" for choice in get_args(annotation))
     while annotation not in _KINDS and get_origin(annotation) is not tuple:
         annotation = get_args(annotation)[0]  # of `X | None` and of Annotated[X, …]
     return _KINDS[annotation if annotation in _KINDS else tuple]

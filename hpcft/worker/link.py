@@ -1,15 +1,18 @@
 """The worker's link to its agent: its slot of the shared page, and the control channel.
 
 The page carries what changes with every step, without a system call; the channel carries what is said once. The
-agent answers only through the page (the lease, the standing order). A process that trains alone has a page of its
-own and nobody to talk to, so that the step is the same code.
+agent answers through the page (the lease, the standing order), and over the channel where it hands out arenas and
+says which may be written again. A process that trains alone has a page of its own and nobody to talk to, so that the
+step is the same code.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import socket
 import sys
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import orjson
@@ -21,6 +24,7 @@ from hpcft.worker.report import report_exception
 from hpcft.worker.spec import STATUS_FENCED, WorkerSpec
 
 _SEND_SECONDS = 10.0
+_PACKET = 1 << 16
 _TEXT_LIMIT = 8_000
 """Characters of a reason; a packet holds 64 KiB."""
 
@@ -28,12 +32,18 @@ _TEXT_LIMIT = 8_000
 class Link:
     """What this worker tells its agent, and hears from it."""
 
-    __slots__ = ("_control", "page", "slot")
+    __slots__ = ("_channel", "_control", "page", "slot")
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.page = NodePage.create(1) if spec.page_fd is None else NodePage.attach(spec.page_fd)
         self.slot = self.page.slot(spec.slot)
         self._control = spec.control_fd
+        self._channel = None if self._control is None else socket.socket(fileno=os.dup(self._control))
+
+    def close(self) -> None:
+        """Give back what this end holds of the channel. Nothing can be said afterwards."""
+        if self._channel is not None:
+            self._channel.close()
 
     def check_lease(self) -> None:
         """Ends this process at once if the node's lease has run out: its ranks may already train elsewhere."""
@@ -51,6 +61,18 @@ class Link:
     def say_ready(self) -> None:
         """Group formed, state in place: the first step may start."""
         self._say({"kind": "ready"})
+
+    def say_reserve(self, size: int, plan: int) -> None:
+        """Asks for arenas; `plan` is a memory file that says what they are for, and is closed."""
+        self._say({"kind": "reserve", "size": size}, plan)
+
+    def say_snapshot(self, about: Mapping[str, Any], values: int | None) -> None:
+        """A copy of this rank's share is in its arena; `values` is a memory file with what is no tensor."""
+        self._say({"kind": "snapshot", **about}, values)
+
+    def say_skipped(self, step: Step, reason: str) -> None:
+        """This rank takes no part in the save of `step`."""
+        self._say({"kind": "skipped", "step": step, "reason": reason[:_TEXT_LIMIT]})
 
     def say_shard(self, step: Step, report: ShardReport) -> None:
         """This rank's files of the checkpoint are durable."""
@@ -72,17 +94,34 @@ class Link:
         if self._control is not None:
             report_exception(self._control, error, step)
 
-    def _say(self, message: dict[str, Any]) -> None:
-        """Never raises: an agent that does not listen is gone, or about to end this process."""
-        if self._control is None:
-            return
-        poller = select.poll()
+    def hear(self, seconds: float) -> tuple[dict[str, Any], list[int]] | None:
+        """The next thing that the agent says, with the descriptors that come along; None: nothing in `seconds`."""
+        if self._channel is None or not _ready(self._channel, select.POLLIN, seconds):
+            return None
         try:
-            poller.register(self._control, select.POLLOUT)
-            if poller.poll(_SEND_SECONDS * 1000):
-                os.write(self._control, orjson.dumps(message))
+            packet, fds, _, _ = socket.recv_fds(self._channel, _PACKET, 8, socket.MSG_CMSG_CLOEXEC)
+        except OSError:
+            return None
+        return (orjson.loads(packet), fds) if packet else None
+
+    def _say(self, message: dict[str, Any], fd: int | None = None) -> None:
+        """Never raises: an agent that does not listen is gone, or about to end this process. Closes `fd`."""
+        try:
+            if self._channel is None:
+                return
+            if _ready(self._channel, select.POLLOUT, _SEND_SECONDS):
+                socket.send_fds(self._channel, [orjson.dumps(message)], [] if fd is None else [fd])
                 return
             reason = f"it has not listened for {_SEND_SECONDS:.0f} s"
         except OSError as error:
             reason = error.strerror or str(error)
+        finally:
+            if fd is not None:
+                os.close(fd)
         print(f"hpcft: the agent was not told {message['kind']!r}: {reason}", file=sys.stderr)
+
+
+def _ready(channel: socket.socket, event: int, seconds: float) -> bool:
+    poller = select.poll()
+    poller.register(channel, event)
+    return bool(poller.poll(seconds * 1000))

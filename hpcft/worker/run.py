@@ -104,7 +104,7 @@ class Run:
         self._asked: Counter[Hashable] = Counter()
         self._slot = link.slot
         self._page = link.page
-        self._saving = Saving(spec, link)
+        self._saving = Saving(spec, link, device)
         self._randomness = Randomness(spec.seed, spec.rank, device)
         self._data: Data | None = None
         self._step = 0
@@ -115,6 +115,8 @@ class Run:
         self._order_word = 0
         self._order: Order | None = None
         self._due = _NEVER
+        self._look_at = _NEVER
+        """From this step on, it is asked for memory for copies."""
         self._loss = _Loss()
         self._samples = 0
         self._tokens = 0
@@ -248,6 +250,7 @@ class Run:
         self._training = True
         self._randomness.seed(self._step)
         self._plan_save()
+        self._look_at = self._step + 1
         self._enter(Phase.TRAIN)
         self._link.say_ready()
 
@@ -329,6 +332,8 @@ class Run:
 
         if self._page.order_word != self._order_word:
             self._see_order()
+        if step >= self._look_at:
+            self._look_for_memory(step)
         if step >= self._due:
             self._save_due()
         self._randomness.seed(step)
@@ -376,9 +381,16 @@ class Run:
             cadence += every or 0
         self._due = min(cadence, _NEVER if self._order is None else self._order.save_at_step)
 
+    def _look_for_memory(self, step: int) -> None:
+        """After the first step of this generation the optimizers have their state, so that it is known how much."""
+        if step == self._look_at:
+            self._saving.prepare()
+        self._look_at = _NEVER if self._saving.prepared() else step + 1
+
     def _save_due(self) -> None:
         step = self._step
-        self._saving.save(Step(step))
+        # what was ordered is not left out: the leader waits for it, and it may be the last
+        self._saving.save(Step(step), wait=self._order is not None and self._order.save_at_step == step)
         if self._order is not None and self._order.save_at_step == step:
             if self._order.stop_after_save:
                 self._hold()
@@ -404,7 +416,7 @@ class Run:
         """The training function has returned."""
         if not self._training:
             self._begin_training()
-        self._saving.save(Step(self._step))
+        self._saving.save(Step(self._step), wait=True)
         self._enter(Phase.DONE)
         self._link.say_returned(Step(self._step))
 

@@ -1,8 +1,11 @@
-"""One rank's part in a checkpoint: what belongs to the state, and making this rank's share of it durable.
+"""One rank's part in a checkpoint: what belongs to the state, and copying or writing this rank's share of it.
 
 The state is what the user gave to `Run.restore`, under the names given there, and `run`: the step and what it was
 made by. Parameters and optimizer state are the same on every rank, so each writes a share of them; everything else
 (buffers, schedulers, the data position) counts as rank 0 has it. Randomness is a function of the step.
+
+As a rule a save is a copy into shared memory (`arenas`), and the agent does the rest while training goes on. Where
+there is no memory for that, or it is not wanted, the share is written from here, and training waits.
 
 A save that fails is told to the agent and training goes on: the older checkpoints are still there. This holds for
 whatever goes wrong, also in a `state_dict` of the user's own.
@@ -11,22 +14,28 @@ whatever goes wrong, also in a `state_dict` of the user's own.
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from hpcft.checkpoint.image import Image
 from hpcft.checkpoint.layout import checkpoint_name
-from hpcft.checkpoint.share import save_share
-from hpcft.checkpoint.tree import flatten
+from hpcft.checkpoint.pieces import TensorShape
+from hpcft.checkpoint.share import plan_share, save_share, words_of
+from hpcft.checkpoint.tree import FlatState, flatten
+from hpcft.checkpoint.write import Plan
 from hpcft.data.ledger import LedgerWriter
 from hpcft.data.loader import Data
 from hpcft.errors import HpcftError, UsageError
 from hpcft.ids import Step
 from hpcft.page import Phase
+from hpcft.worker.arenas import Arenas, NoArenas
 from hpcft.worker.link import Link
 from hpcft.worker.spec import WorkerSpec
 
@@ -75,9 +84,14 @@ def _unwrapped(given: object) -> object:
 class Saving:
     """What is saved, and how far that got. `last` is the step of the last save tried (or restored from)."""
 
-    def __init__(self, spec: WorkerSpec, link: Link) -> None:
+    def __init__(self, spec: WorkerSpec, link: Link, device: torch.device) -> None:
         self._spec = spec
         self._link = link
+        self._arenas = Arenas(link, device) if spec.copies else None
+        self._index: Mapping[str, TensorShape] = {}
+        self._planned: tuple[Plan, Image]
+        self._later: frozenset[str] = frozenset()
+        """Tensors that nothing but an optimizer's step changes."""
         self._objects: dict[str, Stateful] = {}
         self._data: Data | None = None
         self._ledger: LedgerWriter | None = None
@@ -88,30 +102,86 @@ class Saving:
         self._objects, self._data, self._ledger = objects, data, ledger
         if self._spec.run_directory is not None:
             flatten(self._state(Step(0)))  # better now than in the first save
+        arenas = self._arenas
+        if arenas is not None:
+            for each in objects.values():
+                if isinstance(each, Optimizer):
+                    each.register_step_pre_hook(lambda *_: arenas.guard())
 
-    def save(self, step: Step) -> None:
-        """Make this rank's share of the state at `step` durable and report it. Nothing is saved twice.
+    def prepare(self) -> None:
+        """The state is complete now (optimizers have theirs after the first step): have memory made for its copies."""
+        if self._arenas is not None and self._objects:
+            self._arenas.prepare(*self._plan(flatten(self._state(Step(0)))))
 
-        The state must not change meanwhile. Never raises: a failure is reported, and training goes on.
+    def prepared(self) -> bool:
+        """Whether it is known if there is such memory. UsageError: there is none, and without it nothing is trained."""
+        if self._arenas is None or not self._objects:
+            return True
+        if self._arenas.refused is not None and self._spec.needs_copies:
+            raise UsageError(
+                f"there is no memory for copies of the state, and checkpoint.low_memory is 'stop': "
+                f"{self._arenas.refused}",
+                "ask Slurm for more memory, raise checkpoint.memory, or let training wait with "
+                "checkpoint.low_memory = 'write'",
+            )
+        return self._arenas.answered()
+
+    def save(self, step: Step, *, wait: bool = False) -> None:
+        """Save this rank's share of the state at `step`, and say so. Nothing is saved twice.
+
+        The state must not change meanwhile. With `wait` it is not left out, even if memory has to become free first.
+        Never raises: a failure is reported, and training goes on.
         """
         if self._spec.run_directory is None or self.last == step:
             return
         self.last = step
         self._link.slot.set_phase(Phase.CHECKPOINT)
         try:
-            self._save(step)
+            self._save(step, wait or self._spec.waits)
         except HpcftError as error:
             self._failed(step, error.message)
         except Exception as error:  # whatever it is must not end the training: it is an incident
             traceback.print_exc()
             self._failed(step, f"{type(error).__name__}: {error}")
 
-    def _save(self, step: Step) -> None:
-        spec = self._spec
-        assert spec.run_directory is not None
+    def _save(self, step: Step, wait: bool) -> None:
+        began = time.monotonic()
         if not self._objects:
             raise UsageError("nothing was given to run.restore, so there is nothing to save")
         flat = flatten(self._state(step))
+        if self._arenas is None or not self._copy(self._arenas, flat, step, wait, began):
+            self._write(flat, step)
+
+    def _copy(self, arenas: Arenas, flat: FlatState, step: Step, wait: bool, began: float) -> bool:
+        """False: there is no memory for it."""
+        plan, image = self._plan(flat)
+        try:
+            arenas.prepare(plan, image)
+            slot = arenas.take(wait=wait)
+        except NoArenas:
+            return False
+        if slot is None:
+            self._link.say_skipped(step, "the copies of earlier saves are still being written")
+            return True
+        ledger = None if self._ledger is None else str(self._ledger.path)
+        words = words_of(self._spec.rank, flat, self._position())
+        arenas.copy(slot, flat, self._later, began, {"step": step, "ledger": ledger}, words)
+        return True
+
+    def _plan(self, flat: FlatState) -> tuple[Plan, Image]:
+        index = flat.index()
+        if index != self._index:
+            self._planned = plan_share(index, self._spec.rank, self._spec.world_size, self._pinned(index))
+            self._later = self._stepped(index)
+            self._index = index
+        return self._planned
+
+    def _position(self) -> Mapping[str, Any] | None:
+        return None if self._data is None else self._data.state_dict()
+
+    def _write(self, flat: FlatState, step: Step) -> None:
+        spec = self._spec
+        assert spec.run_directory is not None
         if self._ledger is not None:
             self._ledger.sync()
             if self._ledger.failed:
@@ -124,7 +194,7 @@ class Saving:
             spec.world_size,
             flat,
             pinned=self._pinned(flat.tensors),
-            position=None if self._data is None else self._data.state_dict(),
+            position=self._position(),
         )
         self._link.say_shard(step, report)
 
@@ -136,6 +206,17 @@ class Saving:
         spec = self._spec
         own = {"step": step, "seed": spec.seed, "generation": spec.generation, "world_size": spec.world_size}
         return {OWN: own, **{name: each.state_dict() for name, each in self._objects.items()}}
+
+    def _stepped(self, names: Iterable[str]) -> frozenset[str]:
+        """Of these tensors, those that nothing but a step of one of the optimizers changes."""
+        optimizers = {name: each for name, each in self._objects.items() if isinstance(each, Optimizer)}
+        stepped = {id(p) for each in optimizers.values() for group in each.param_groups for p in group["params"]}
+        found = {name for name in names if name.partition(".")[0] in optimizers}
+        for name, each in self._objects.items():
+            if isinstance(each, nn.Module):
+                parameters = each.named_parameters(remove_duplicate=False)
+                found |= {f"{name}.{parameter}" for parameter, held in parameters if id(held) in stepped}
+        return frozenset(found)
 
     def _pinned(self, names: Iterable[str]) -> set[str]:
         """Of these tensors, all but those that every rank has alike: parameters and the optimizers' state."""

@@ -64,6 +64,12 @@ class WorkerSpec:
     seed: int = 0
     save_every: int | None = None
     """Steps between two checkpoints; None: only when the agent asks."""
+    copies: bool = False
+    """A save is a copy into shared memory, and the agent writes; else this rank writes, and training waits."""
+    waits: bool = False
+    """A save that finds no memory free waits for it; else it is left out."""
+    needs_copies: bool = False
+    """Without memory for copies there is no training."""
     ledger: bool = False
     loader_workers: int | None = None
     prefetch: int | None = None
@@ -102,6 +108,9 @@ class WorkerSpec:
                 restore=None if restore is None else Restore(Step(restore["step"]), Path(restore["directory"])),
                 seed=int(spec["seed"]),
                 save_every=spec["checkpoint"]["every_steps"],
+                copies=bool(spec["checkpoint"].get("copies", False)),
+                waits=bool(spec["checkpoint"].get("waits", False)),
+                needs_copies=bool(spec["checkpoint"].get("needs_copies", False)),
                 ledger=bool(data["ledger"]),
                 loader_workers=data["workers"],
                 prefetch=data["prefetch"],

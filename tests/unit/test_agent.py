@@ -31,6 +31,7 @@ class NoWorkers:
     def open(self) -> None: ...
     def hold(self, descriptor: int) -> None: ...
     def kill_all(self) -> None: ...
+    def tell(self, name: str, message: Any) -> None: ...
     async def close(self) -> None: ...
     async def ready(self) -> None: ...
     async def end(self, grace: float) -> tuple[str, ...]:
@@ -39,6 +40,10 @@ class NoWorkers:
     async def events(self) -> AsyncIterator[Any]:
         await asyncio.Event().wait()
         yield
+
+
+class NoSnapshots:
+    def end(self) -> None: ...
 
 
 class NoRanks:
@@ -78,7 +83,14 @@ class Allocation:
             branches=False,
             life=1,
         )
-        return Agent(station, NodePage.create(1), lambda see: NoWorkers(), lambda *a: NoRanks(), self._lead)  # type: ignore[arg-type, return-value]
+        return Agent(
+            station,
+            NodePage.create(1),
+            workers=lambda see: NoWorkers(),  # type: ignore[arg-type, return-value]
+            snapshots=lambda *a: NoSnapshots(),  # type: ignore[arg-type, return-value]
+            ranks=lambda *a: NoRanks(),  # type: ignore[arg-type, return-value]
+            lead=self._lead,
+        )
 
     async def _lead(self, record: TermRecord, leaderless: float) -> Leader:
         self.leads.append(record)

@@ -13,6 +13,7 @@ from hpcft.events import Event, FailureKind, Formation, Member, Progressed, Work
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 from hpcft.page import NodePage, Phase
 from hpcft.ranks import Assignment, Ranks, failure_of
+from hpcft.snapshots import SaveSettings, Snapshots
 from hpcft.workers import WorkerExited, WorkerSaid, WorkerSpawned
 
 NODE = NodeId("node1")
@@ -36,7 +37,9 @@ class Agent:
         self.events: list[Event] = []
         self.messages: list[Mapping[str, Any]] = []
         assignment = Assignment(RunId("r"), Path("/runs/r"), NODE, "10.0.0.2", (), config)
-        self.ranks = Ranks(assignment, Incarnation("a"), page, self.events.append, self.messages.append)
+        settings = SaveSettings(Path("/runs/r/checkpoints"), memory=None, slots=2, bandwidth=None)
+        snapshots = Snapshots(settings, lambda worker, message, fds: None, lambda work, name: None)  # type: ignore[arg-type, return-value]
+        self.ranks = Ranks(assignment, Incarnation("a"), page, snapshots, self.events.append, self.messages.append)
 
     def begin(self, formation: Formation = FORMATION) -> list[str]:
         names = list(self.ranks.begin(formation, ("10.0.0.1", 1)))

@@ -80,8 +80,10 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         page_fd=page.fd,
         control_fd=theirs.fileno(),
     )
+    link = Link(spec)
     with ours, theirs:
-        yield Bench(directory, page, ours, Saving(spec, Link(spec)), spec)
+        yield Bench(directory, page, ours, Saving(spec, link, torch.device("cpu")), spec)
+    link.close()
     page.close()
 
 
@@ -189,7 +191,7 @@ def test_parameters_are_shared_out_and_the_rest_is_rank_0s(tmp_path: Path) -> No
         own.state = torch.full((3,), float(rank))
         spec = WorkerSpec(Rank(rank), 4, generation=Generation(1), nonce="00aa", run_directory=directory.path)
         link = _Listening(spec)
-        saving = Saving(spec, link)
+        saving = Saving(spec, link, torch.device("cpu"))
         saving.remember(named({"model": model, "optimizer": optimizer, "own": own}), None, None)
         saving.save(Step(3))
         reports.append(link.report)

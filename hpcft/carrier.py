@@ -1,0 +1,158 @@
+"""The carrier: a disposable process that moves the bytes of snapshots, so that nobody else has to wait for them.
+
+A call into a file system that hangs never returns, and its process cannot be killed. So neither a worker nor the agent
+makes such calls for large files: the agent gives the job to a carrier, one for each of its ranks, and leaves behind one
+that does not come back. A carrier makes and touches the arenas as well: that takes a second per GiB, and memory is
+charged to the cgroup it shares with the agent.
+
+    agent -> carrier   {"do": "reserve", "size", "count"}
+                       {"do": "write", "root", "name", "nonce", "direct", "bandwidth", "position", "versions", "ledger"}
+                           + [arena, plan, values?]
+    carrier -> agent   {"written": bytes}, now and then;  {"done": …} (+ the arenas) or {"failed": reason}, once
+
+SOCK_SEQPACKET, one JSON object per packet, one job at a time. The end of the channel is the end of the carrier. No
+torch, and no more than is needed: there may be as many carriers as GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from hpcft import durable
+from hpcft.checkpoint.arena import Arena, content_of
+from hpcft.checkpoint.write import Plan, SaveError, Words, write_share
+from hpcft.process import die_with_parent
+
+_PACKET = 1 << 17
+_PROGRESS_SECONDS = 0.2
+_NICENESS = 5
+"""Training goes first, where there is no core to spare."""
+
+
+class Carrier:
+    """The process' side: does what comes over the channel."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._arenas: dict[tuple[int, int], Arena] = {}
+        """Mapped once: filling the page tables for a GiB takes as long as copying it."""
+
+    def serve(self) -> None:
+        """Until the other end of the channel is closed."""
+        while True:
+            packet, fds, _, _ = socket.recv_fds(self._channel, _PACKET, 8, socket.MSG_CMSG_CLOEXEC)
+            if not packet:
+                return
+            job = orjson.loads(packet)
+            try:
+                match job["do"]:
+                    case "reserve":
+                        self._reserve(job["size"], job["count"])
+                    case "write":
+                        self._write(job, fds)
+                    case other:
+                        self._say({"failed": f"a carrier knows no {other!r}"})
+            except SaveError as error:
+                self._say({"failed": error.message})
+            except OSError as error:
+                self._say({"failed": error.strerror or str(error)})
+            except ValueError as error:
+                self._say({"failed": str(error)})
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _reserve(self, size: int, count: int) -> None:
+        for arena in self._arenas.values():
+            arena.close()
+        self._arenas.clear()
+        made = [Arena.reserve(size) for _ in range(count)]
+        self._arenas = {_identity(arena.fd): arena for arena in made}
+        self._say({"done": {}}, [arena.fd for arena in made])
+
+    def _write(self, job: Mapping[str, Any], fds: Sequence[int]) -> None:
+        arena = self._arena(fds[0])
+        plan = Plan.parse(content_of(fds[1]))
+        words = Words(content_of(fds[2]) if len(fds) > 2 else None, job["position"], job["versions"])
+        image = arena.view[: plan.size]
+        _sync_ledger(job["ledger"])
+        began = time.monotonic()
+
+        def store(path: Path) -> durable.Written:
+            return durable.write_image(path, image, direct=job["direct"], before=self._pacing(job["bandwidth"]))
+
+        report = write_share(Path(job["root"]), job["name"], job["nonce"], plan, words, store)
+        self._say({"done": {"report": report.to_json(), "seconds": time.monotonic() - began}})
+
+    def _arena(self, fd: int) -> Arena:
+        known = self._arenas.get(_identity(fd))
+        if known is None:  # made by a carrier that was left behind
+            known = Arena(os.dup(fd))
+            self._arenas[_identity(fd)] = known
+        return known
+
+    def _pacing(self, bandwidth: float | None) -> Callable[[int], None]:
+        """What is called ahead of each chunk: tells how far it is, and keeps to a limit (bytes per second)."""
+        began = told = time.monotonic()
+
+        def before(written: int) -> None:
+            nonlocal told
+            if bandwidth is not None:
+                time.sleep(max(0.0, began + written / bandwidth - time.monotonic()))
+            now = time.monotonic()
+            if now >= told + _PROGRESS_SECONDS:
+                told = now
+                self._say({"written": written})
+
+        return before
+
+    def _say(self, message: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
+        socket.send_fds(self._channel, [orjson.dumps(message)], fds)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
+
+
+def _sync_ledger(path: str | None) -> None:
+    """The records of the steps before have to be as durable as the checkpoint that rests on them."""
+    if path is None:
+        return
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        print(f"hpcft: the ledger {path} may be incomplete: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hpcft.carrier")
+    parser.add_argument("--channel", type=int, required=True, help="descriptor of the agent's channel")
+    parser.add_argument("--parent", type=int, required=True, help="the agent's process")
+    options = parser.parse_args(arguments)
+    die_with_parent(options.parent)
+    with suppress(OSError):
+        os.nice(_NICENESS)
+    channel = socket.socket(fileno=options.channel)
+    channel.set_inheritable(False)
+    with suppress(BrokenPipeError, ConnectionResetError):  # the agent is gone
+        Carrier(channel).serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

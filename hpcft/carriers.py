@@ -1,0 +1,105 @@
+"""The agent's side of its carriers: a job goes out, its result comes back, and nobody waits for one that hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import orjson
+
+_PACKET = 1 << 17
+
+
+class JobFailed(Exception):
+    """What was asked of a carrier could not be done; the reason is for people."""
+
+
+class Carrier:
+    """One process (see `hpcft.carrier`), started for the first job, and again after it has died or was left behind.
+
+    One job at a time: others wait their turn.
+    """
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._channel: socket.socket | None = None
+        self._turn = asyncio.Lock()
+
+    async def carry(
+        self,
+        job: Mapping[str, Any],
+        fds: Sequence[int] = (),
+        told: Callable[[int], None] = lambda written: None,
+    ) -> tuple[dict[str, Any], list[int]]:
+        """Have it done: returns what was made, with the descriptors that came along, which are the caller's.
+
+        `told` hears now and then how many bytes are written. Cancelled, the process is left behind.
+
+        Raises:
+            JobFailed: it could not be done, or the process has died over it.
+        """
+        async with self._turn:
+            try:
+                channel = self._channel or await self._start()
+                socket.send_fds(channel, [orjson.dumps(job)], fds)
+                while True:
+                    await _readable(channel)
+                    packet, found, _, _ = socket.recv_fds(channel, _PACKET, 8, socket.MSG_CMSG_CLOEXEC)
+                    if not packet:
+                        raise ConnectionResetError
+                    match orjson.loads(packet):
+                        case {"written": int() as written}:
+                            told(written)
+                        case {"done": dict() as done}:
+                            return done, found
+                        case {"failed": str() as reason}:
+                            raise JobFailed(reason)
+            except OSError as error:
+                self.leave_behind()
+                raise JobFailed("the process that was to do it has died (out of memory, perhaps)") from error
+            except asyncio.CancelledError:
+                self.leave_behind()
+                raise
+
+    async def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            numbers = ["--channel", str(theirs.fileno()), "--parent", str(os.getpid())]
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "hpcft.carrier", *numbers),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+            )
+        ours.setblocking(False)
+        self._channel = ours
+        return ours
+
+    def leave_behind(self) -> None:
+        """SIGKILL, and no waiting: in the kernel it may take for ever to go. The next job finds another process."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+            self._process = None
+
+
+async def _readable(channel: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(channel, wake)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(channel)
