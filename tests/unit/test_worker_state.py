@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ def test_another_runs_checkpoint_is_not_trained_from(bench: Bench) -> None:
 
     def restored_by(run: RunId) -> int:
         spec = replace(bench.spec, run=run, restore=Restore(Step(2), path))
-        return Run(spec, Link(spec), torch.device("cpu"), {}).restore(model=model)
+        with closing(Link(spec)) as link:
+            return Run(spec, link, torch.device("cpu"), {}).restore(model=model)
 
     with pytest.raises(Unusable, match=f"manifest.json: it belongs to run {bench.run}, not to another"):
         restored_by(RunId("another"))
