@@ -20,10 +20,13 @@ from hpcft.events import Member, WorkerReport
 from hpcft.ids import Rank
 from hpcft.policy import Rules, silence
 from hpcft.rundir import STATUS_FRESH_SECONDS, RunDirectory
-from hpcft.units import counted, human_duration
+from hpcft.units import counted, human_duration, human_size
 from hpcft.world import Incident, Node, Phase, World
 
 SCHEMA = 1
+
+SILENT_SECONDS = 10.0
+"""A write that has made no progress for this long is worth a look at the file system."""
 
 _SHOWN_INCIDENTS = 5
 
@@ -73,6 +76,7 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
         ],
         "incidents": [_incident(incident) for incident in world.incidents],
         "checkpoints": [{"step": each.step, "generation": each.generation} for each in world.checkpoints],
+        "saving": _saving(world),
         # of a plain command's steps nothing is known, and so nothing of what it lost
         "goodput": world.goodput(now) if rules.saves else None,
         "seconds": asdict(world.accounts(now)) if rules.saves else None,
@@ -87,7 +91,7 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
             }
             for budget, limit in rules.budgets
         ],
-        "warnings": [],
+        "warnings": list(_warnings(world)),
         "verdict": None
         if world.verdict is None
         else {
@@ -109,6 +113,43 @@ def state(world: World) -> str:
     if world.phase is Phase.FORMING and world.open_incident is not None:
         return "recovering"
     return world.phase.value
+
+
+def _saving(world: World) -> dict[str, Any]:
+    """What is being made of the state, beside what is durable."""
+    skipped = world.save_skipped
+    return {
+        "writing": [
+            {
+                "node": report.node,
+                "rank": save.rank,
+                "step": save.step,
+                "seconds": save.seconds,
+                "written_bytes": save.written,
+                "size_bytes": save.size,
+                "silent_seconds": save.silent,
+            }
+            for report in world.reports
+            for save in report.saves
+        ],
+        "memory_bytes": {report.node: report.reserved for report in world.reports},
+        "skipped": world.skipped,
+        "last_skipped": None if skipped is None else {"step": skipped[0], "reason": skipped[1]},
+    }
+
+
+def _warnings(world: World) -> Iterator[str]:
+    for report in world.reports:
+        if report.low_memory:
+            yield f"{report.node}: {report.low_memory}"
+        silent = [save for save in report.saves if save.silent > SILENT_SECONDS]
+        if silent:
+            ranks = ", ".join(str(save.rank) for save in silent)
+            longest = max(save.silent for save in silent)
+            yield (
+                f"the checkpoint of step {silent[0].step} makes no progress on {report.node} (rank {ranks}) for "
+                f"{human_duration(longest)}: does the file system answer there? Training goes on"
+            )
 
 
 def _tokens_per_second(reports: Iterable[WorkerReport], world_size: int, seconds: float | None) -> float | None:
@@ -226,7 +267,7 @@ def _lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
     else:
         yield f"  goodput     {goodput(status)}"
         steps = [str(each["step"]) for each in status["checkpoints"]]
-        yield f"  checkpoints {', '.join(steps[-6:]) or 'none yet'}"
+        yield f"  checkpoints {', '.join(steps[-6:]) or 'none yet'}{_saves(status)}"
     budgets = [f"{each['cause']} {each['used']}/{each['limit']}" for each in status["budget"]]
     yield f"  budget      {', '.join(budgets)} used"
     yield from _node_lines(status, width)
@@ -242,6 +283,23 @@ def goodput(status: Mapping[str, Any]) -> str:
     lost = [("repeated steps", "repeated"), ("recovery", "recovery"), ("start-up and leaving", "other")]
     rest = ", ".join(f"{name} {human_duration(seconds[key])}" for name, key in lost if seconds.get(key, 0.0) >= 0.05)
     return f"{status['goodput']:.1%} of {elapsed}" + (f" ({rest})" if rest else "")
+
+
+def _saves(status: Mapping[str, Any]) -> str:
+    saving = status.get("saving")  # an earlier version's file does not say it
+    if saving is None:
+        return ""
+    parts = []
+    for step in sorted({each["step"] for each in saving["writing"]}):
+        ranks = [each for each in saving["writing"] if each["step"] == step]
+        written, size = (sum(each[key] for each in ranks) for key in ("written_bytes", "size_bytes"))
+        since = max(each["seconds"] for each in ranks)
+        parts.append(f"{step} being written ({human_size(written)} of {human_size(size)}, {human_duration(since)})")
+    if saving["skipped"]:
+        parts.append(f"{saving['skipped']} left out: earlier ones were still being written")
+    if memory := max(saving["memory_bytes"].values(), default=0):
+        parts.append(f"{human_size(memory)} of memory on a node")
+    return "".join(f"; {part}" for part in parts)
 
 
 def _silence_of(status: Mapping[str, Any]) -> str:
