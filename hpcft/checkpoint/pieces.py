@@ -1,5 +1,7 @@
 """Tensors, how they are cut into pieces, who writes which, and whether pieces make up the whole again.
 
+State that is sharded (FSDP2) is written as it lies: each rank its own box of every tensor.
+
 State that every rank holds (DDP) is written once: each rank takes a share. The shares are a pure function of the
 state's index and the number of ranks, so that no rank has to ask another. Large tensors are cut along their first
 dimension: otherwise one embedding would make one rank slow and everyone waits for it. A safetensors file holds at
@@ -20,6 +22,7 @@ from math import ceil, prod
 import orjson
 
 from hpcft import durable
+from hpcft.checkpoint.boxes import Box
 
 DTYPE_BYTES: Mapping[str, int] = {
     "F64": 8,
@@ -84,6 +87,29 @@ def index_digest(index: Mapping[str, TensorShape]) -> str:
     """Equal on two ranks exactly when they hold the same tensors, and so computed the same shares."""
     rows = [(name, tensor.dtype, tensor.shape) for name, tensor in sorted(index.items())]
     return durable.digest(orjson.dumps(rows))
+
+
+def owed(
+    index: Mapping[str, TensorShape],
+    boxes: Mapping[str, Box],
+    rank: int,
+    world_size: int,
+    pinned: AbstractSet[str] = frozenset(),
+    cut_above: int = CUT_BYTES,
+) -> tuple[Piece, ...]:
+    """The pieces that `rank` writes: of sharded tensors its own boxes, of the others its share (see `assign`).
+
+    `index` is equal on all ranks and names every tensor; `boxes` are this rank's parts of those that are sharded.
+    """
+    replicated = {name: tensor for name, tensor in index.items() if name not in boxes}
+    shared = assign(replicated, world_size, pinned - boxes.keys(), cut_above)[rank]
+    return (*shared, *(_piece(name, index[name], box) for name, box in boxes.items() if box.writes))
+
+
+def _piece(name: str, tensor: TensorShape, box: Box) -> Piece:
+    if not tensor.nbytes:
+        return whole(name, tensor)  # one rank writes that there is nothing
+    return Piece(name, tensor.dtype, tensor.shape, box.offsets, box.extent)
 
 
 def assign(

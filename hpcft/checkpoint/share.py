@@ -20,10 +20,11 @@ from torch import Tensor
 
 import hpcft
 from hpcft import durable
+from hpcft.checkpoint.boxes import Box
 from hpcft.checkpoint.image import Image, lay_out
 from hpcft.checkpoint.layout import FORMAT
 from hpcft.checkpoint.manifest import ShardReport
-from hpcft.checkpoint.pieces import CUT_BYTES, Piece, TensorShape, assign, index_digest
+from hpcft.checkpoint.pieces import CUT_BYTES, TensorShape, index_digest, owed
 from hpcft.checkpoint.tree import FlatState
 from hpcft.checkpoint.write import Plan, Words, write_share
 from hpcft.ids import Rank
@@ -46,24 +47,25 @@ def save_share(
 ) -> ShardReport:
     """Writes what `rank` owes to the checkpoint `name` without a copy in memory, all of it durable on return.
 
-    `flat` is the whole state, the same on every rank; `pinned` are the tensors that count on rank 0 alone, such as
-    buffers. `position` is the data position, taken from rank 0. SaveError: nothing of it counts; the next save has
-    another name.
+    `flat` is the whole state, the same on every rank but for the parts of sharded tensors; `pinned` are the tensors
+    that count on rank 0 alone, such as buffers. `position` is the data position, taken from rank 0. SaveError:
+    nothing of it counts; the next save has another name.
     """
-    plan, image = plan_share(flat.index(), rank, world_size, pinned, cut_above)
+    plan, image = plan_share(flat.index(), flat.boxes, rank, world_size, pinned, cut_above)
     words = words_of(rank, flat, position)
     return write_share(root, name, nonce, plan, words, lambda path: durable.write_file(path, content(flat, image)))
 
 
 def plan_share(
     index: Mapping[str, TensorShape],
+    boxes: Mapping[str, Box],
     rank: Rank,
     world_size: int,
     pinned: AbstractSet[str] = frozenset(),
     cut_above: int = CUT_BYTES,
 ) -> tuple[Plan, Image]:
-    """What `rank` owes of a state with this index, and the image of it."""
-    image = lay_out(assign(index, world_size, pinned, cut_above)[rank])
+    """What `rank` owes of a state with this index, of which it holds these boxes of sharded tensors; and its image."""
+    image = lay_out(owed(index, boxes, rank, world_size, pinned, cut_above))
     return Plan(rank, world_size, index_digest(index), image.placed, image.size), image
 
 
@@ -71,7 +73,7 @@ def content(flat: FlatState, image: Image) -> Iterator[durable.Buffer]:
     """The bytes of the image, in order."""
     yield image.header
     for placed in image.placed:
-        yield from _bytes(cut_out(flat.tensors[placed.piece.name], placed.piece))
+        yield from _bytes(flat.part(placed.piece))
 
 
 def words_of(rank: Rank, flat: FlatState, position: Mapping[str, Any] | None) -> Words:
@@ -85,13 +87,6 @@ def words_of(rank: Rank, flat: FlatState, position: Mapping[str, Any] | None) ->
         "numpy": np.__version__,
     }
     return Words(orjson.dumps({"format": FORMAT, "state": flat.values}), position, versions)
-
-
-def cut_out(tensor: Tensor, piece: Piece) -> Tensor:
-    """The piece of a whole tensor, not copied."""
-    for dimension, (start, length) in enumerate(zip(piece.offsets, piece.extent, strict=True)):
-        tensor = tensor.narrow(dimension, start, length)
-    return tensor
 
 
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:

@@ -6,8 +6,10 @@ in which plain values stand for themselves and every object is a tag with one ke
 ``{"tuple": [...]}``, ``{"float": "7ff0000000000000"}``, ``{"tensor": "model.0.weight"}``. So state dicts of torch
 come back equal, types included: int and str keys, tuples, infinities, counters, a module's `_metadata`.
 
-What has no place here (functions, arbitrary objects, sparse or sharded tensors) is refused with the path to it: a
-state that is saved is a state that can be loaded.
+Of a sharded tensor (DTensor) the local part stands for it, with the box of the whole that it is.
+
+What has no place here (functions, arbitrary objects, sparse tensors) is refused with the path to it: a state that is
+saved is a state that can be loaded.
 
 Not kept: which tensors shared memory (each is stored in full), strides, `requires_grad`, the device (tensors come
 back on the CPU; `load_state_dict` copies them to where they belong).
@@ -19,14 +21,16 @@ import base64
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpcft.checkpoint.pieces import TensorShape
+from hpcft.checkpoint.boxes import Box, within
+from hpcft.checkpoint.pieces import Piece, TensorShape
+from hpcft.checkpoint.sharding import Layout, is_sharded, split
 from hpcft.errors import DamagedError, UsageError
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
@@ -76,25 +80,48 @@ class FlatState:
     """`tensors` by name, and `values`: everything else, with the names of the tensors at their places."""
 
     tensors: dict[str, Tensor]
+    """Of one that is in `boxes`, the part that this rank holds."""
     values: Json
+    boxes: Mapping[str, Box] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    """Which of them are DTensors: those in `boxes`, and those that each rank holds all of."""
 
     def index(self) -> dict[str, TensorShape]:
+        """All tensors with the shapes of the wholes: the same on every rank."""
         return {
-            name: TensorShape(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in self.tensors.items()
+            name: TensorShape(DTYPE_NAMES[tensor.dtype], box.shape if box else tuple(tensor.shape))
+            for name, tensor in self.tensors.items()
+            for box in (self.boxes.get(name),)
         }
+
+    def part(self, piece: Piece) -> Tensor:
+        """What a piece holds, a view; it has to lie in what this rank has of its tensor."""
+        tensor = self.tensors[piece.name]
+        if not piece.nbytes:
+            return tensor.new_empty(piece.extent)
+        region = piece.offsets, piece.extent
+        if (box := self.boxes.get(piece.name)) is not None:
+            region = within(region, box.region)
+        for dimension, (start, length) in enumerate(zip(*region, strict=True)):
+            tensor = tensor.narrow(dimension, start, length)
+        return tensor
 
 
 def flatten(state: Mapping[str, object]) -> FlatState:
     """The tensors of a state, not copied, and its values. StateError names what cannot be kept, and where."""
     encoder = _Encoder()
     values = encoder.encode(dict(state), ())
-    return FlatState(encoder.tensors, values)
+    return FlatState(encoder.tensors, values, encoder.boxes, encoder.layouts)
 
 
 def unflatten(flat: FlatState) -> dict[str, Any]:
-    """The state that was given to `flatten`. Its tensors are those of `flat`, not copies."""
+    """The state that was given to `flatten`. Its tensors are those of `flat`, not copies.
+
+    Those that have a layout come as DTensors. Of tensors without content (meta) all comes but numpy's arrays, for
+    which tensors stand.
+    """
     try:
-        state = _decode(flat.values, flat.tensors)
+        state = _decode(flat.values, flat)
     except (ValueError, TypeError, AttributeError, struct.error) as error:
         raise _unknown(str(error)) from error
     if not isinstance(state, dict):
@@ -115,6 +142,8 @@ _Path: TypeAlias = tuple[object, ...]
 class _Encoder:
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self.boxes: dict[str, Box] = {}
+        self.layouts: dict[str, Layout] = {}
         self._open: set[int] = set()
         """Containers that are being walked: one that is met inside itself would never end."""
 
@@ -182,26 +211,35 @@ class _Encoder:
 
     def _tensor(self, tensor: Tensor, path: _Path) -> Json:
         where = f"state[{_spell(path)}]"
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
+        if not is_sharded(tensor):
+            stored, note = _stored(tensor, where)
+            return {"tensor": self._name(path, stored), **note}
+        layout, local = split(tensor)
+        stored, note = _stored(local, where)
+        name = self._name(path, stored)
+        self.layouts[name] = layout
+        try:
+            box = layout.box(name)
+        except ValueError as error:
             raise StateError(
-                f"{where} is a {type(tensor).__qualname__}, a kind of tensor that a checkpoint cannot keep yet",
-                "give plain tensors, for instance the state dict of the unsharded module",
+                f"{where} is a sharded tensor that {error}, which a checkpoint cannot keep",
+                "shard it over all ranks, with Shard and Replicate alone",
+            ) from error
+        if box.extent != tuple(local.shape):
+            raise StateError(
+                f"{where} is a sharded tensor of which this rank holds {list(local.shape)}, and should hold "
+                f"{list(box.extent)} by its placements {layout.placements}",
+                "shard it as fully_shard or distribute_tensor do",
             )
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-            kind = "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout)
-            raise StateError(f"{where} is a {kind} tensor, which a checkpoint cannot keep", "make it dense")
-        true = tensor.dtype
-        tensor = tensor.detach()
-        if true not in DTYPE_NAMES:
-            stored = _STORED_AS.get(true)
-            if stored is None:
-                raise StateError(f"{where} has the type {true}, which a checkpoint cannot keep", "convert it")
-            if true.is_complex:
-                tensor = torch.view_as_real(tensor.resolve_conj().resolve_neg())
-            else:
-                tensor = tensor.view(stored)
-            return {"tensor": self._name(path, tensor), "as": str(true).removeprefix("torch.")}
-        return {"tensor": self._name(path, tensor)}
+        if layout.is_cut:
+            parts = (2,) * (stored.dim() - local.dim())  # of complex numbers, if they are stored as two
+            self.boxes[name] = replace(
+                box,
+                shape=box.shape + parts,
+                offsets=box.offsets + (0,) * len(parts),
+                extent=box.extent + parts,
+            )
+        return {"tensor": name, **note}
 
     def _array(self, array: np.ndarray[Any, Any], path: _Path) -> Json:
         kind = _numpy_type(array.dtype, path)
@@ -228,6 +266,30 @@ class _Encoder:
             name = f"{plain}~{count}"
         self.tensors[name] = tensor
         return name
+
+
+def _stored(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Json]]:
+    """The tensor as one of a type that safetensors knows, and what the values say of that."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        raise StateError(
+            f"{where} is a {type(tensor).__qualname__}, a kind of tensor that a checkpoint cannot keep",
+            "give plain tensors or DTensors",
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        kind = "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout)
+        raise StateError(f"{where} is a {kind} tensor, which a checkpoint cannot keep", "make it dense")
+    true = tensor.dtype
+    tensor = tensor.detach()
+    if true in DTYPE_NAMES:
+        return tensor, {}
+    stored = _STORED_AS.get(true)
+    if stored is None:
+        raise StateError(f"{where} has the type {true}, which a checkpoint cannot keep", "convert it")
+    if true.is_complex:
+        tensor = torch.view_as_real(tensor.resolve_conj().resolve_neg())
+    else:
+        tensor = tensor.view(stored)
+    return tensor, {"as": str(true).removeprefix("torch.")}
 
 
 def _spell(path: _Path) -> str:
@@ -281,18 +343,18 @@ _SET_TAGS: Mapping[type, str] = {set: "set", frozenset: "frozenset"}
 _CONTAINERS = frozenset({dict, OrderedDict, Counter, list, tuple, torch.Size, *_SET_TAGS})
 
 
-def _decode(value: Json, tensors: Mapping[str, Tensor]) -> Any:
+def _decode(value: Json, flat: FlatState) -> Any:
     if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
+        return [_decode(item, flat) for item in value]
     if not isinstance(value, dict):
         return value
 
     def items(rows: Json) -> list[tuple[Any, Any]]:
-        return [(_decode(key, tensors), _decode(item, tensors)) for key, item in rows]  # type: ignore[union-attr,misc,str-unpack]
+        return [(_decode(key, flat), _decode(item, flat)) for key, item in rows]  # type: ignore[union-attr,misc,str-unpack]
 
     match value:
         case {"dict": dict() as table}:
-            return {key: _decode(item, tensors) for key, item in table.items()}
+            return {key: _decode(item, flat) for key, item in table.items()}
         case {"items": rows}:
             return dict(items(rows))
         case {"ordered": rows, **rest}:
@@ -303,18 +365,18 @@ def _decode(value: Json, tensors: Mapping[str, Tensor]) -> Any:
         case {"counter": rows}:
             return Counter(dict(items(rows)))
         case {"tuple": list() as elements}:
-            return tuple(_decode(item, tensors) for item in elements)
+            return tuple(_decode(item, flat) for item in elements)
         case {"size": list() as lengths}:
             return torch.Size(lengths)
         case {"set": list() as elements}:
-            return {_decode(item, tensors) for item in elements}
+            return {_decode(item, flat) for item in elements}
         case {"frozenset": list() as elements}:
-            return frozenset(_decode(item, tensors) for item in elements)
+            return frozenset(_decode(item, flat) for item in elements)
         case {"tensor": str() as name, **rest}:
-            return _decode_tensor(name, rest.get("as"), tensors)
+            return _decode_tensor(name, rest.get("as"), flat)
         case {"array": dict() as leaf, "numpy": str() as kind}:
-            array = _decode(leaf, tensors).numpy()
-            return array.astype(np.dtype(kind), copy=False)
+            tensor = _decode(leaf, flat)
+            return tensor if tensor.is_meta else tensor.numpy().astype(np.dtype(kind), copy=False)
         case {"numpy": [str() as kind, str() as text]}:
             return _decode_scalar(np.dtype(kind), bytes.fromhex(text))
         case {"int": str() as text}:
@@ -346,14 +408,15 @@ def _decode_scalar(dtype: np.dtype[Any], data: bytes) -> Any:
     return np.frombuffer(data, dtype)[0]
 
 
-def _decode_tensor(name: str, true: Json, tensors: Mapping[str, Tensor]) -> Tensor:
-    tensor = tensors.get(name)
+def _decode_tensor(name: str, true: Json, flat: FlatState) -> Tensor:
+    tensor = flat.tensors.get(name)
     if tensor is None:
         raise ValueError(f"there is no tensor {name!r}")
-    if true is None:
-        return tensor
-    dtype = _torch_type(str(true))
-    return torch.view_as_complex(tensor) if dtype.is_complex else tensor.view(dtype)
+    if true is not None:
+        dtype = _torch_type(str(true))
+        tensor = torch.view_as_complex(tensor) if dtype.is_complex else tensor.view(dtype)
+    layout = flat.layouts.get(name)
+    return tensor if layout is None else layout.join(tensor)
 
 
 def _torch_type(name: str) -> torch.dtype:

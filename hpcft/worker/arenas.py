@@ -23,7 +23,6 @@ from torch import Tensor
 from hpcft.checkpoint.arena import Arena, memory_file
 from hpcft.checkpoint.image import Image
 from hpcft.checkpoint.pieces import Piece
-from hpcft.checkpoint.share import cut_out
 from hpcft.checkpoint.tree import DTYPES, FlatState
 from hpcft.checkpoint.write import Plan, Words
 from hpcft.worker.link import Link
@@ -119,20 +118,20 @@ class Arenas:
 
         if self._device.type != "cuda":
             for place, piece in chosen.places:
-                place.copy_(cut_out(flat.tensors[piece.name], piece))
+                place.copy_(flat.part(piece))
             say(time.monotonic() - began)
             return
         # what else may change is copied first, in the order of the program's own work, which the stream then waits for
         for place, piece in chosen.places:
             if piece.name not in later:
-                place.copy_(cut_out(flat.tensors[piece.name], piece), non_blocking=True)
+                place.copy_(flat.part(piece), non_blocking=True)
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for place, piece in chosen.places:
                 if piece.name in later:
-                    source = cut_out(flat.tensors[piece.name], piece)
+                    source = flat.part(piece)
                     place.copy_(source, non_blocking=True)
                     source.record_stream(self._stream)
             self._copying = copied = torch.cuda.Event()  # type: ignore[no-untyped-call]

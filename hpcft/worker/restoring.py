@@ -1,20 +1,31 @@
 """From a checkpoint back into the user's objects, after making sure that it is theirs.
 
-The bytes are verified while they are read; then names and shapes are compared with the objects before any of them is
-touched, so that a state that does not fit is refused with the names of what differs.
+Names and shapes are compared with the objects before anything is read, so that a state that does not fit is refused
+with the names of what differs. The bytes are verified while they are read, before any object is touched.
+
+A checkpoint has no shape of a world: tensors are whole there, whoever wrote them. Those that are DTensors in the
+objects come back as DTensors, for which a rank reads its own part alone; so do an optimizer's values for a parameter
+that is one, which a new optimizer does not have yet. Everything else is read whole, on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from hpcft.checkpoint.load import load
+from hpcft.checkpoint.boxes import Box
+from hpcft.checkpoint.load import SavedState
+from hpcft.checkpoint.pieces import TensorShape
 from hpcft.checkpoint.read import UnreadableError
-from hpcft.checkpoint.tree import unflatten
+from hpcft.checkpoint.sharding import Layout, sharding_is_used
+from hpcft.checkpoint.tree import FlatState, flatten, unflatten
 from hpcft.errors import DamagedError, HpcftError, UsageError
 from hpcft.ids import RunId, Step
 from hpcft.worker.saving import OWN, Stateful
@@ -33,22 +44,23 @@ def put_back(directory: Path, objects: Mapping[str, Stateful], run: RunId | None
     CheckpointDamagedError, NotFoundError: it cannot be used, or is another run's. UnreadableError: not from here.
     RestoreError: it is one of other objects.
     """
-    try:
-        loaded = load(directory, run=run)
-    except OSError as error:
-        raise UnreadableError(directory, error) from error
-    state = unflatten(loaded)
-    own = state.pop(OWN, None)
+    with _readable(directory):
+        saved = SavedState.open(directory, run)
+    outline = saved.outline()
+    own = outline.pop(OWN, None)
     if not isinstance(own, dict) or not isinstance(own.get("step"), int):
         raise DamagedError(f"{directory.name} is no checkpoint of a run: it does not say at which step it was made")
-    _compare(f"{directory.name} and run.restore differ", state, objects)
+    _compare(f"{directory.name} and run.restore differ", outline, objects)
     for name, each in objects.items():
         if isinstance(each, nn.Module):
             what = f"{directory.name}: {name} ({type(each).__name__}) has another shape than when it was saved"
-            _compare(what, state[name], each.state_dict())
+            _compare(what, outline[name], each.state_dict())
+    boxes, layouts = _sharded(saved.index, objects)
+    with _readable(directory):
+        state = unflatten(replace(saved.read(boxes), layouts=layouts))
     for name, each in objects.items():
         try:
-            each.load_state_dict(state[name])
+            each.load_state_dict(state.pop(name))  # what a model has copied is freed before the next one's turn
         except HpcftError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -56,6 +68,44 @@ def put_back(directory: Path, objects: Mapping[str, Stateful], run: RunId | None
                 f"{directory.name}: the state of {name} does not fit this {type(each).__name__}: {error}", _HINT
             ) from error
     return Step(own["step"])
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableError(directory, error) from error
+
+
+def _sharded(
+    index: Mapping[str, TensorShape], objects: Mapping[str, Stateful]
+) -> tuple[dict[str, Box], dict[str, Layout]]:
+    """Which tensors of the checkpoint come back as DTensors: this rank's boxes of them, and all their layouts."""
+    boxes: dict[str, Box] = {}
+    layouts: dict[str, Layout] = {}
+    if not sharding_is_used():
+        return boxes, layouts
+
+    def lay_out_like(given: FlatState, pairs: Iterable[tuple[str, str]]) -> None:
+        shapes = given.index()
+        for tensor, model in pairs:
+            if model in given.layouts and tensor in index and index[tensor].shape == shapes[model].shape:
+                layouts[tensor] = given.layouts[model]
+                if model in given.boxes:
+                    boxes[tensor] = given.boxes[model]
+
+    for name, each in objects.items():
+        given = flatten({name: each.state_dict()})
+        lay_out_like(given, ((tensor, tensor) for tensor in given.layouts))
+        if isinstance(each, Optimizer):
+            # Its state dict numbers the parameters in the order of its groups.
+            parameters = [parameter for group in each.param_groups for parameter in group["params"]]
+            values = (re.fullmatch(rf"{name}\.state\.(\d+)\.(.+)", tensor) for tensor in index)
+            # As torch has it: a count of steps is a plain number even where the parameter is one number as well.
+            pairs = ((value[0], value[1]) for value in values if value is not None and value[2] != "step")
+            lay_out_like(flatten({str(number): each for number, each in enumerate(parameters)}), pairs)
+    return boxes, layouts
 
 
 def _compare(what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """One rank's part in a checkpoint: what belongs to the state, and copying or writing this rank's share of it.
 
 The state is what the user gave to `Run.restore`, under the names given there, and `run`: the step and what it was
-made by. Parameters and optimizer state are the same on every rank, so each writes a share of them; everything else
-(buffers, schedulers, the data position) counts as rank 0 has it. Randomness is a function of the step.
+made by. Parameters and optimizer state are the same on every rank, so each writes a share of them; or they are sharded
+(DTensors), and each writes its own part. Everything else (buffers, schedulers, the data position) counts as rank 0 has
+it. Randomness is a function of the step.
 
 As a rule a save is a copy into shared memory (`arenas`), and the agent does the rest while training goes on. Where
 there is no memory for that, or it is not wanted, the share is written from here, and training waits.
@@ -20,15 +21,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from hpcft.checkpoint.boxes import Box
 from hpcft.checkpoint.image import Image
 from hpcft.checkpoint.layout import checkpoint_name
 from hpcft.checkpoint.pieces import TensorShape
+from hpcft.checkpoint.sharding import is_sharded, split
 from hpcft.checkpoint.share import plan_share, save_share, words_of
-from hpcft.checkpoint.tree import FlatState, flatten
+from hpcft.checkpoint.tree import FlatState, StateError, flatten
 from hpcft.checkpoint.write import Plan
 from hpcft.data.ledger import LedgerWriter
 from hpcft.data.loader import Data
@@ -89,6 +92,7 @@ class Saving:
         self._link = link
         self._arenas = Arenas(link, device) if spec.copies else None
         self._index: Mapping[str, TensorShape] = {}
+        self._boxes: Mapping[str, Box] = {}
         self._planned: tuple[Plan, Image]
         self._later: frozenset[str] = frozenset()
         """Tensors that nothing but an optimizer's step changes."""
@@ -148,6 +152,9 @@ class Saving:
         began = time.monotonic()
         if not self._objects:
             raise UsageError("nothing was given to run.restore, so there is nothing to save")
+        for name, each in self._objects.items():
+            if isinstance(each, Optimizer):
+                _check_parts(name, each)
         flat = flatten(self._state(step))
         if self._arenas is None or not self._copy(self._arenas, flat, step, wait, began):
             self._write(flat, step)
@@ -170,10 +177,10 @@ class Saving:
 
     def _plan(self, flat: FlatState) -> tuple[Plan, Image]:
         index = flat.index()
-        if index != self._index:
-            self._planned = plan_share(index, self._spec.rank, self._spec.world_size, self._pinned(index))
+        if index != self._index or flat.boxes != self._boxes:
+            self._planned = plan_share(index, flat.boxes, self._spec.rank, self._spec.world_size, self._pinned(index))
             self._later = self._stepped(index)
-            self._index = index
+            self._index, self._boxes = index, flat.boxes
         return self._planned
 
     def _position(self) -> Mapping[str, Any] | None:
@@ -228,3 +235,22 @@ class Saving:
             elif isinstance(each, Optimizer):
                 alike.add(name)
         return {name for name in names if name not in shared and name.partition(".")[0] not in alike}
+
+
+def _check_parts(name: str, optimizer: Optimizer) -> None:
+    """StateError: it keeps plain tensors for its rank's part of a sharded parameter.
+
+    They would look alike on all ranks, and one rank's would be saved for all.
+    """
+    for number, (parameter, values) in enumerate(optimizer.state.items()):
+        if not is_sharded(parameter):
+            continue
+        local = split(parameter)[1].shape
+        for key, value in values.items():
+            plain = isinstance(value, Tensor) and not is_sharded(value)
+            if plain and value.shape == local != parameter.shape:
+                raise StateError(
+                    f"state[{name!r}]['state'][{number}][{key!r}] is a plain tensor for a rank's part of a parameter, "
+                    "and does not say which part",
+                    f"{type(optimizer).__name__} has to make its state of DTensors, as torch's own optimizers do",
+                )

@@ -1,0 +1,100 @@
+"""Sharded tensors (torch's DTensor, which FSDP2 makes of parameters): which part of the whole a rank holds.
+
+A DTensor is a mesh of ranks and, for each dimension of the mesh, a placement: cut along a dimension of the tensor,
+or the same on all ranks. From these alone follows which box of the whole tensor the local part is, on every rank
+without asking another. Where several ranks hold the same part (replicas: HSDP), one of them writes it; which one
+depends on the tensor's name, so that the bytes are spread over the replicas.
+
+DTensor is imported only where there is one already: who trains without has nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hpcft.checkpoint.boxes import Box, Runs, shard
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_MODULE = "torch.distributed.tensor"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """How a tensor lies on the ranks: what makes a DTensor of a local part."""
+
+    mesh: DeviceMesh
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    """Of the whole tensor."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks hold different parts; else each holds all of it."""
+        return any(
+            not placement.is_replicate() and self.mesh.size(dimension) > 1
+            for dimension, placement in enumerate(self.placements)
+        )
+
+    def box(self, name: str) -> Box:
+        """This rank's part of the tensor `name`. ValueError says why it is no box of the whole."""
+        if (members := self.mesh.size()) != (ranks := dist.get_world_size()):
+            raise ValueError(f"lies on a mesh of {members} of the {ranks} ranks")
+        coordinates = self.mesh.get_coordinate()
+        assert coordinates is not None, "the mesh has all ranks"
+        runs: list[Runs] = [((0, length),) for length in self.shape]
+        replica, replicas = 0, 1
+        origin = True
+        for dimension, (placement, at) in enumerate(zip(self.placements, coordinates, strict=True)):
+            size = self.mesh.size(dimension)
+            if placement.is_replicate():
+                replica, replicas = replica * size + at, replicas * size
+            elif type(placement).__name__ in ("Shard", "_StridedShard"):
+                groups = int(getattr(placement, "split_factor", 1))
+                runs[placement.dim] = shard(runs[placement.dim], size, at, groups)
+                origin = origin and at == 0
+            else:
+                raise ValueError(f"has the placement {placement}")
+        if any(len(each) > 1 for each in runs):
+            raise ValueError(f"has a local part that is not in one piece (placements {self.placements})")
+        extent = tuple(sum(stop - start for start, stop in each) for each in runs)
+        # Of a tensor without any element, one rank writes that it is there.
+        something = origin if 0 in self.shape else 0 not in extent
+        return Box(
+            shape=tuple(self.shape),
+            offsets=tuple(each[0][0] if each else 0 for each in runs),
+            extent=extent,
+            writes=something and zlib.crc32(name.encode()) % replicas == replica,
+        )
+
+    def join(self, local: Tensor) -> Tensor:
+        """The DTensor of which `local` is this rank's part. No communication."""
+        from torch.distributed.tensor import DTensor
+
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride)
+
+
+def sharding_is_used() -> bool:
+    """Whether there can be a DTensor in this process."""
+    return _MODULE in sys.modules
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    module = sys.modules.get(_MODULE)
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def split(sharded: Tensor) -> tuple[Layout, Tensor]:
+    """A DTensor's layout, and its local part, not copied."""
+    tensor: Any = sharded
+    return Layout(tensor.device_mesh, tuple(tensor.placements), tensor.shape), tensor.detach().to_local()
