@@ -62,7 +62,7 @@ class Layout:
                 runs[placement.dim] = shard(runs[placement.dim], size, at, groups)
                 origin = origin and at == 0
             else:
-                raise ValueError(f"has the placement {placement}")
+                raise ValueError(f"has the placement {placement!r}")
         if any(len(each) > 1 for each in runs):
             raise ValueError(f"has a local part that is not in one piece (placements {self.placements})")
         extent = tuple(sum(stop - start for start, stop in each) for each in runs)
