@@ -3,7 +3,8 @@
 A DTensor is a mesh of ranks and, for each dimension of the mesh, a placement: cut along a dimension of the tensor,
 or the same on all ranks. From these alone follows which box of the whole tensor the local part is, on every rank
 without asking another. Where several ranks hold the same part (replicas: HSDP), one of them writes it; which one
-depends on the tensor's name, so that the bytes are spread over the replicas.
+depends on the tensor's name, so that the bytes are spread over the replicas. A mesh of some ranks only (a parameter
+that tensor parallelism leaves alone) has others beside it that hold the same; the one with rank 0 writes.
 
 DTensor is imported only where there is one already: who trains without has nothing to wait for.
 """
@@ -46,10 +47,10 @@ class Layout:
 
     def box(self, name: str) -> Box:
         """This rank's part of the tensor `name`. ValueError says why it is no box of the whole."""
-        if (members := self.mesh.size()) != (ranks := dist.get_world_size()):
-            raise ValueError(f"lies on a mesh of {members} of the {ranks} ranks")
         coordinates = self.mesh.get_coordinate()
-        assert coordinates is not None, "the mesh has all ranks"
+        if coordinates is None:
+            raise ValueError("lies on a mesh that this rank has no part in")
+        first = self.mesh.size() == dist.get_world_size() or bool((self.mesh.mesh == 0).any())
         runs: list[Runs] = [((0, length),) for length in self.shape]
         replica, replicas = 0, 1
         origin = True
@@ -72,7 +73,7 @@ class Layout:
             shape=tuple(self.shape),
             offsets=tuple(each[0][0] if each else 0 for each in runs),
             extent=extent,
-            writes=something and zlib.crc32(name.encode()) % replicas == replica,
+            writes=first and something and zlib.crc32(name.encode()) % replicas == replica,
         )
 
     def join(self, local: Tensor) -> Tensor:

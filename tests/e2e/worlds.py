@@ -33,8 +33,8 @@ from hpcft.worker.spec import SPEC_VARIABLE
 SMALL = Path(__file__).parents[1] / "programs" / "small.py"
 SECONDS = 90.0
 
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "hpcft.worker.run", __name__])
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "hpcft.worker.run", __name__])
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Life:
                     "args": [],
                     "device": None,
                 }  # fmt: skip
-                process = _forks.Process(target=_work, args=(spec, DupFd(page.fd), DupFd(theirs.fileno()), str(log)))
+                process = forks.Process(target=_work, args=(spec, DupFd(page.fd), DupFd(theirs.fileno()), str(log)))
                 process.start()
                 theirs.close()
                 world.processes.append(process)

@@ -49,7 +49,7 @@ def seen_by(rank: int, shape: tuple[int, ...]) -> Iterator[DeviceMesh]:
     size = torch.Size(shape).numel()
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
-        yield init_device_mesh("cpu", shape)
+        yield init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
     finally:
         dist.destroy_process_group()
 
@@ -196,9 +196,24 @@ def test_what_is_no_box_of_the_whole_is_refused() -> None:
         sparse = torch.eye(2).to_sparse()
         with pytest.raises(StateError, match=r"torch\.sparse_coo"):
             flatten({"w": sparse})
-    with seen_by(0, (2, 2)) as mesh:
-        part = DeviceMesh("cpu", [0, 1])
-        assert "on a mesh of 2 of the 4 ranks" in refused(sharded(torch.ones(4, 2), part, (Shard(0),)))
+    with seen_by(3, (2, 2)):
+        beside = DeviceMesh("cpu", [0, 1])
+        elsewhere = DTensor.from_local(torch.ones(0), beside, [Shard(0)], run_check=False)
+        assert "a mesh that this rank has no part in" in refused(elsewhere)
+
+
+def test_of_meshes_beside_one_another_the_first_one_writes(tmp_path: Path) -> None:
+    whole = torch.arange(10.0).reshape(5, 2)
+    reports = []
+    for rank in range(4):
+        with seen_by(rank, (2, 2)) as mesh:
+            flat = flatten(
+                {"w": sharded(whole, mesh["tp"], (Shard(0),)), "all": sharded(whole, mesh["dp"], (Replicate(),))}
+            )
+            assert flat.boxes["w"].writes == (rank < 2)
+            reports.append(save_share(tmp_path, checkpoint_name(Step(1), Generation(1)), NONCE, Rank(rank), 4, flat))
+    found = load(commit(tmp_path, reports, facts()).directory)
+    assert torch.equal(found.tensors["w"], whole) and torch.equal(found.tensors["all"], whole)
 
 
 def test_ranks_that_disagree_on_what_is_sharded_are_not_committed(tmp_path: Path) -> None:
