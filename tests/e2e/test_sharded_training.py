@@ -30,7 +30,7 @@ def test_a_sharded_training_goes_on_exactly_and_in_a_world_of_another_size(tmp_p
     def losses(generation: int) -> dict[int, str]:
         return {line["step"]: line["loss"] for line in story(generation) if "loss" in line}
 
-    with LocalRun(tmp_path, {**settings, "train.steps": 10}, nodes=1).start() as run:
+    with LocalRun(tmp_path, {**settings, "train.steps": 10}, nodes=1, workers=3).start() as run:
         status = run.ends(0)
     run.assert_exact(10)
     assert [each["cause"] for each in status["incidents"]] == ["worker failed"]
@@ -42,10 +42,10 @@ def test_a_sharded_training_goes_on_exactly_and_in_a_world_of_another_size(tmp_p
     assert len(set(first.values())) == len(first)
 
     end = story(2)[-1]
-    with LocalRun(tmp_path, {**settings, "train.steps": 14}, nodes=1, workers=3).start("--from", "10") as run:
+    with LocalRun(tmp_path, {**settings, "train.steps": 14}, nodes=1).start("--from", "10") as run:
         run.ends(0)
     run.assert_exact(14)
     begin = story(3)[0]
-    assert (end["world"], begin["world"]) == (2, 3)
+    assert (end["world"], begin["world"]) == (3, 2)
     assert (end["step"], begin["step"]) == (10, 10) and begin["digest"] == end["digest"]
     assert set(losses(3)) == {11, 12, 13, 14}

@@ -24,8 +24,8 @@ from hpcft.checkpoint.load import SavedState, load
 from hpcft.checkpoint.manifest import ShardReport
 from hpcft.checkpoint.pieces import index_digest
 from hpcft.checkpoint.read import verify
+from hpcft.checkpoint.share import save_share
 from hpcft.checkpoint.tree import FlatState, StateError, flatten, unflatten
-from hpcft.checkpoint.write import save_share
 from hpcft.ids import Generation, Rank, Step
 from tests.unit.checkpoint_samples import NONCE, bits, facts
 

@@ -54,7 +54,7 @@ def trained(model: nn.Module) -> torch.optim.Optimizer:
 
 def saved_by(spec: WorkerSpec, **objects: Any) -> Any:
     link = _Listening(spec)
-    saving = Saving(spec, link)
+    saving = Saving(spec, link, torch.device("cpu"))
     saving.remember(named(objects), None, None)
     saving.save(Step(3))
     return link.said
