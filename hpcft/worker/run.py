@@ -197,8 +197,9 @@ class Run:
         same names for the whole run. To be called once, on all ranks, before the first step. Returns the number of
         completed steps, 0 at the very beginning.
 
-        A state is that of the run, not of a rank. Parameters and optimizer state have to be the same on all ranks;
-        everything else (buffers, schedulers, objects of your own) is saved as rank 0 has it, and is rank 0's on every
+        A state is that of the run, not of a rank. Parameters and optimizer state have to be the same on all ranks, or
+        sharded (`fully_shard`, before the optimizer is made): then each rank saves its own part and gets it back.
+        Everything else (buffers, schedulers, objects of your own) is saved as rank 0 has it, and is rank 0's on every
         rank afterwards. A random generator that differs by rank is none of it: make it anew in each step, from
         `(run.seed, run.step, run.rank)`.
 
