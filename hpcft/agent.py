@@ -50,6 +50,8 @@ from hpcft.membership import (
     Effect,
     ExtendLease,
     Fence,
+    ForgetCopies,
+    KeepCopies,
     KillWorkers,
     LookAt,
     Membership,
@@ -550,6 +552,10 @@ class Agent:
                     self._page.lease_until_ns = int(until * 1e9)
                 case SaveAt(step, stop):
                     self._page.order_word = Order(step, stop).word
+                case KeepCopies(generation, step):
+                    self._snapshots.keep(generation, step)
+                case ForgetCopies(generation, step):
+                    self._snapshots.forget(generation, step)
                 case LookAt(probe):
                     self._run_errand(self._inquire(probe), f"inquiry-{probe.suspect}")
                 case Fence(reason):
@@ -575,6 +581,7 @@ class Agent:
         assert self._lifelines is not None
         for name, spec in self._ranks.begin(formation, self._meeting[1]).items():
             self._workers.start(name, spec, self._lifelines.workers)
+        self._snapshots.hand_out()
 
     async def _kill_workers(self) -> None:
         self._ranks.forget()

@@ -1,14 +1,16 @@
 """The carrier: a disposable process that moves the bytes of snapshots, so that nobody else has to wait for them.
 
 A call into a file system that hangs never returns, and its process cannot be killed. So neither a worker nor the agent
-makes such calls for large files: the agent gives the job to a carrier, one for each of its ranks, and leaves behind one
-that does not come back. A carrier makes and touches the arenas as well: that takes a second per GiB, and memory is
-charged to the cgroup it shares with the agent.
+makes such calls for large files: the agent gives the job to a carrier, and leaves behind one that does not come back.
+Each rank has one for the disk, and one that makes and seals its copies, which never waits for a file system. (Making
+them takes a second per GiB, and their memory is charged to the cgroup that the carriers share with the agent.)
 
     agent -> carrier   {"do": "reserve", "size", "count"}
+                       {"do": "seal", "size"} + [arena]
                        {"do": "write", "root", "name", "nonce", "direct", "bandwidth", "position", "versions", "ledger"}
-                           + [arena, plan, values?]
-    carrier -> agent   {"written": bytes}, now and then;  {"done": …} (+ the arenas) or {"failed": reason}, once
+                           + [arena, plan, digests, values?]
+    carrier -> agent   {"written": bytes}, now and then
+                       {"done": …} + the arenas, or the digests; or {"failed": reason}; once
 
 SOCK_SEQPACKET, one JSON object per packet, one job at a time. The end of the channel is the end of the carrier. No
 torch, and no more than is needed: there may be as many carriers as GPUs.
@@ -29,7 +31,7 @@ from typing import Any
 import orjson
 
 from hpcft import durable
-from hpcft.checkpoint.arena import Arena, content_of
+from hpcft.checkpoint.arena import Arena, content_of, memory_file
 from hpcft.checkpoint.write import Plan, SaveError, Words, write_share
 from hpcft.process import die_with_parent
 
@@ -58,6 +60,8 @@ class Carrier:
                 match job["do"]:
                     case "reserve":
                         self._reserve(job["size"], job["count"])
+                    case "seal":
+                        self._seal(fds[0], job["size"])
                     case "write":
                         self._write(job, fds)
                     case other:
@@ -80,16 +84,32 @@ class Carrier:
         self._arenas = {_identity(arena.fd): arena for arena in made}
         self._say({"done": {}}, [arena.fd for arena in made])
 
+    def _seal(self, fd: int, size: int) -> None:
+        """Take the digests with which the copy will be compared whenever it is used."""
+        image = self._arena(fd).view[:size]
+        digests = memory_file("hpcft-digests", orjson.dumps(list(durable.chunk_digests(image))))
+        try:
+            self._say({"done": {}}, [digests])
+        finally:
+            os.close(digests)
+
     def _write(self, job: Mapping[str, Any], fds: Sequence[int]) -> None:
         arena = self._arena(fds[0])
         plan = Plan.parse(content_of(fds[1]))
-        words = Words(content_of(fds[2]) if len(fds) > 2 else None, job["position"], job["versions"])
+        sealed = tuple(orjson.loads(content_of(fds[2])))
+        words = Words(content_of(fds[3]) if len(fds) > 3 else None, job["position"], job["versions"])
         image = arena.view[: plan.size]
         _sync_ledger(job["ledger"])
         began = time.monotonic()
 
         def store(path: Path) -> durable.Written:
-            return durable.write_image(path, image, direct=job["direct"], before=self._pacing(job["bandwidth"]))
+            pacing = self._pacing(job["bandwidth"])
+            written = durable.write_image(path, image, direct=job["direct"], before=pacing)
+            if written.digests != sealed:
+                raise SaveError(
+                    "the copy in memory has changed since it was sealed: bad memory, or a program's stray write"
+                )
+            return written
 
         report = write_share(Path(job["root"]), job["name"], job["nonce"], plan, words, store)
         self._say({"done": {"report": report.to_json(), "seconds": time.monotonic() - began}})
@@ -107,12 +127,15 @@ class Carrier:
 
         def before(written: int) -> None:
             nonlocal told
-            if bandwidth is not None:
-                time.sleep(max(0.0, began + written / bandwidth - time.monotonic()))
-            now = time.monotonic()
-            if now >= told + _PROGRESS_SECONDS:
-                told = now
-                self._say({"written": written})
+            due = began if bandwidth is None else began + written / bandwidth
+            while True:
+                now = time.monotonic()
+                if now >= told + _PROGRESS_SECONDS:
+                    told = now
+                    self._say({"written": written})
+                if now >= due:
+                    return
+                time.sleep(min(due - now, _PROGRESS_SECONDS))
 
         return before
 

@@ -21,12 +21,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpcft.checkpoint import commit, read, retention
-from hpcft.checkpoint.layout import checkpoint_name
+from hpcft.checkpoint.layout import checkpoint_name, staging_name
 from hpcft.checkpoint.manifest import ShardReport
 from hpcft.checkpoint.marks import pinned
 from hpcft.errors import HpcftError, NotFoundError
@@ -54,6 +54,24 @@ class Retention:
     """And those of every so many steps; 0: none."""
 
 
+@dataclass(slots=True)
+class _Saves:
+    """What is known of a generation's saves."""
+
+    formation: Formation
+    reports: dict[Step, dict[Rank, ShardReport]] = field(default_factory=dict)
+    settled: set[Step] = field(default_factory=set)
+    """Those of which the last word has been spoken: what is said of them again changes nothing."""
+    superseded: set[Step] = field(default_factory=set)
+    skipped: Step | None = None
+    """The last one that all ranks have left out."""
+    dropped: set[Step] = field(default_factory=set)
+    """Given up: what a rank that was late still writes of them goes, too."""
+
+    def name(self, step: Step) -> str:
+        return checkpoint_name(step, self.formation.generation)
+
+
 class Commits:
     """Gathers the current generation's reports and commits them on a thread of its own.
 
@@ -65,13 +83,10 @@ class Commits:
         self._run = run
         self._retained = retained
         self._deliver = deliver
-        self._formation: Formation | None = None
-        self._reports: dict[Step, dict[Rank, ShardReport]] = {}
-        self._settled: set[Step] = set()
-        """Saves of which the last word has been spoken: what is said of them again changes nothing."""
-        self._superseded: set[Step] = set()
-        self._dropped: set[Step] = set()
-        """Given up: what a rank that was late still writes of them goes, too."""
+        self._saves: _Saves | None = None
+        self._origin: _Saves | None = None
+        """Of the generation whose copies in memory the running one has started from: that state may become durable
+        even now."""
         self._parent: str | None = None  # the committing thread's: the newest checkpoint of the lineage
         self._closed = threading.Event()
         self._committing = _Thread("hpcft-commit", root)
@@ -80,64 +95,80 @@ class Commits:
 
     def follow(self, formation: Formation) -> None:
         """From now on only this generation's saves count; what earlier ones left unfinished is cleaned up."""
-        self._formation = formation
-        self._reports.clear()
-        self._settled.clear()
-        self._superseded.clear()
-        self._dropped.clear()
-        self._committing.put(lambda: self._turn_to(formation))
+        origin = formation.restore.generation if formation.restore is not None and formation.memory else None
+        known = (self._saves, self._origin)
+        self._origin = next((each for each in known if each and each.formation.generation == origin), None)
+        self._saves = _Saves(formation)
+        spared = None
+        if self._origin is not None and formation.restore is not None:
+            spared = staging_name(self._origin.name(formation.restore.step), self._origin.formation.nonce)
+        self._committing.put(lambda: self._turn_to(formation, spared))
+
+    def _of(self, generation: Generation, step: Step) -> _Saves | None:
+        """Where a word about this save belongs; None: it comes too late."""
+        saves, origin = self._saves, self._origin
+        if saves is None or saves.formation.generation == generation:
+            return saves
+        restore = saves.formation.restore
+        if origin is not None and restore is not None and (restore.generation, restore.step) == (generation, step):
+            return origin
+        return None
 
     def reported(self, generation: Generation, step: Step, rank: Rank, report: Mapping[str, Any]) -> None:
         """Rank `rank` has made its files of `step` durable. It may say so again, when a connection was lost."""
-        formation = self._formation
-        if formation is None or formation.generation != generation:
+        saves = self._of(generation, step)
+        if saves is None:
             return
-        if step in self._settled:
-            if step in self._dropped:
-                self._drop(formation, step)
+        if step in saves.settled:
+            if step in saves.dropped:
+                self._drop(saves, step)
             return
-        reports = self._reports.setdefault(step, {})
+        world_size = saves.formation.world_size
+        reports = saves.reports.setdefault(step, {})
         reports[rank] = ShardReport.parse(report)
-        if len(reports) < formation.world_size:
+        if len(reports) < world_size:
             return
-        del self._reports[step]
-        self._settled.add(step)
-        for older in [each for each in self._reports if each < step]:
-            if older in self._superseded:
-                self._drop(formation, older)
+        del saves.reports[step]
+        saves.settled.add(step)
+        for older in [each for each in saves.reports if each < step]:
+            if older in saves.superseded:
+                self._drop(saves, older)
                 continue
-            missing = sorted(set(range(formation.world_size)) - self._reports[older].keys())
-            self._give_up(formation, older, f"ranks {missing} have not saved step {older}")
-        self._committing.put(lambda: self._commit(formation, step, tuple(reports.values())))
+            missing = sorted(set(range(world_size)) - saves.reports[older].keys())
+            self._give_up(saves, older, f"ranks {missing} have not saved step {older}")
+        if self._origin is not None and saves is self._saves:
+            origin, restore = self._origin, saves.formation.restore
+            self._origin = None  # what has come of its state is durable now
+            if restore is not None and restore.step not in origin.settled:
+                self._drop(origin, restore.step)
+        self._committing.put(lambda: self._commit(saves.formation, step, tuple(reports.values())))
 
     def failed(self, generation: Generation, step: Step, rank: Rank, reason: str) -> None:
         """Rank `rank` could not write its files of `step`."""
-        formation = self._formation
-        if formation is not None and formation.generation == generation:
-            self._give_up(formation, step, f"rank {rank}: {reason}")
+        if (saves := self._of(generation, step)) is not None:
+            self._give_up(saves, step, f"rank {rank}: {reason}")
 
     def skipped(self, generation: Generation, step: Step, rank: Rank, reason: str) -> None:
-        """Rank `rank` takes no part in the save of `step`, so there is none."""
-        formation = self._formation
-        if formation is None or formation.generation != generation or step in self._settled:
-            return
-        self._drop(formation, step)
-        self._deliver(CheckpointSkipped(step, generation, f"rank {rank}: {reason}"))
+        """The save of `step` was left out, as all ranks have agreed and each of them says."""
+        saves = self._saves
+        if saves is not None and saves.formation.generation == generation and saves.skipped != step:
+            saves.skipped = step
+            self._deliver(CheckpointSkipped(step, generation, reason))
 
     def supersede(self, step: Step) -> None:
         """A later step was ordered as well. Some rank may have passed this one: then it is no failure that it is not
         complete when the later one is."""
-        self._superseded.add(step)
+        if self._saves is not None:
+            self._saves.superseded.add(step)
 
     def settled(self, step: Step) -> bool:
         """Whether all ranks have reported this save, or one that it has failed."""
-        return step in self._settled
+        return self._saves is not None and step in self._saves.settled
 
     def retain(self, lineage: tuple[CheckpointRef, ...]) -> None:
         """The world's lineage has grown: what it no longer needs may go."""
-        formation = self._formation
-        if formation is not None:
-            self._committing.put(lambda: self._retain(formation, lineage))
+        if (saves := self._saves) is not None:
+            self._committing.put(lambda: self._retain(saves.formation, lineage))
 
     def quarantine(self, checkpoint: CheckpointRef, suspicion: str) -> None:
         """Look at a checkpoint that a rank found damaged, and set it aside if it is.
@@ -157,24 +188,25 @@ class Commits:
         self._emptying.end(until)
         self._closed.set()
 
-    def _give_up(self, formation: Formation, step: Step, reason: str) -> None:
-        if step not in self._settled:
-            self._drop(formation, step)
-            self._deliver(CheckpointFailed(step, formation.generation, reason))
+    def _give_up(self, saves: _Saves, step: Step, reason: str) -> None:
+        if step not in saves.settled:
+            self._drop(saves, step)
+            self._deliver(CheckpointFailed(step, saves.formation.generation, reason))
 
-    def _drop(self, formation: Formation, step: Step) -> None:
-        self._settled.add(step)
-        self._dropped.add(step)
-        self._reports.pop(step, None)
-        name = checkpoint_name(step, formation.generation)
-        self._committing.put(lambda: self._discard(name, formation.nonce))
+    def _drop(self, saves: _Saves, step: Step) -> None:
+        saves.settled.add(step)
+        saves.dropped.add(step)
+        saves.reports.pop(step, None)
+        self._committing.put(lambda: self._discard(saves.name(step), saves.formation.nonce))
 
     # --- on the committing thread ---
 
-    def _turn_to(self, formation: Formation) -> None:
+    def _turn_to(self, formation: Formation, spared: str | None) -> None:
         restore = formation.restore
-        self._parent = _name(restore) if restore is not None else None
-        self._put_into_trash(retention.stale(self._root, formation.generation))
+        if not formation.memory:  # else it follows what was committed before the copy, or the copy itself
+            self._parent = _name(restore) if restore is not None else None
+        stale = retention.stale(self._root, formation.generation)
+        self._put_into_trash(tuple(name for name in stale if name != spared))
 
     def _discard(self, name: str, nonce: str) -> None:
         retention.discard(self._root, name, nonce)
@@ -202,7 +234,8 @@ class Commits:
     def _retain(self, formation: Formation, lineage: tuple[CheckpointRef, ...]) -> None:
         entries = read.entries(self._root)
         live = frozenset(map(_name, lineage))
-        restored = (each.restore for each in (formation, self._formation) if each is not None)
+        saves = self._saves
+        restored = (each.restore for each in (formation, saves.formation if saves else None) if each is not None)
         protected = pinned(self._root) | {_name(each) for each in restored if each is not None}
         keep, keep_every = self._retained.keep, self._retained.keep_every or None
         retired = (

@@ -23,7 +23,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -127,7 +127,7 @@ def write_image(
     """`write_file` for bytes that lie in memory as one: the digest of a chunk is taken while the one before is written.
 
     `direct` goes around the page cache (O_DIRECT; `image` has to begin at a page), where the file system lets it.
-    `before` is called ahead of each chunk with the bytes written so far; it may take its time.
+    `before` is called ahead of each chunk, and of the fsync, with the bytes written so far; it may take its time.
     """
     return _write_new(path, 0o644, lambda fd: _write_image(fd, image, direct, before))
 
@@ -140,6 +140,12 @@ def is_aside(name: str) -> bool:
 def digest(data: Buffer) -> str:
     """The xxh3-128 of these bytes, as 32 hex digits."""
     return xxhash.xxh3_128(data).hexdigest()
+
+
+def chunk_digests(data: memoryview) -> Iterator[str]:
+    """The digest of each `CHUNK_BYTES` of these bytes."""
+    for start in range(0, len(data), CHUNK_BYTES):
+        yield digest(data[start : start + CHUNK_BYTES])
 
 
 def digest_of(parts: Iterable[Buffer]) -> str:
@@ -203,6 +209,7 @@ def _write_image(fd: int, image: memoryview, direct: bool, before: Callable[[int
                 with suppress(OSError):
                     os.posix_fadvise(fd, start, len(part), os.POSIX_FADV_DONTNEED)
             digests.append(digesting.result())
+    before(len(image))
     return Written(len(image), tuple(digests))
 
 

@@ -57,6 +57,9 @@ class Formation:
     restore: CheckpointRef | None
     nonce: str
     """Names the temporary directories of this generation's checkpoints (8 hex digits)."""
+    memory: tuple[Member, ...] = ()
+    """The members of the generation that made `restore`, whose agents hold it in memory: from there its workers take
+    their state. Empty: from the file system."""
 
     @property
     def world_size(self) -> int:
@@ -114,6 +117,8 @@ class FailureKind(StrEnum):
     """Its node's lease ran out: the node was cut off or its agent stopped."""
     DAMAGED = "damaged"
     """The checkpoint it was to start from failed its verification there."""
+    FORGOTTEN = "forgotten"
+    """The copy of the state that was to be in its node's memory could not be had: the file system still has one."""
     UNREADABLE = "unreadable"
     """Its node could not read the checkpoint (an I/O error, a permission): that is the node's, not the checkpoint's."""
     STUCK = "stuck"
@@ -363,6 +368,17 @@ class SnapshotTaken:
     node: NodeId
     generation: Generation
     step: Step
+    in_memory: bool = True
+    """The copies are there, and sealed by their digests."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDropped:
+    """The node no longer has the copies of this step."""
+
+    node: NodeId
+    generation: Generation
+    step: Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -552,6 +568,7 @@ Event: TypeAlias = (
     | WorkerReturned
     | WorkerStopped
     | SnapshotTaken
+    | SnapshotDropped
     | CheckpointCommitted
     | CheckpointsRetired
     | CheckpointFailed
@@ -608,6 +625,24 @@ class OrderSave:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """Every member has sealed its copies of this step: keep them, and older ones no longer."""
+
+    term: Term
+    generation: Generation
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Some rank has no copy of this step, so the others' are of no use."""
+
+    term: Term
+    generation: Generation
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
 class Halt:
     term: Term
     generation: Generation
@@ -621,4 +656,4 @@ class End:
     verdict: Verdict
 
 
-Order: TypeAlias = Prepare | Start | Confirm | Probe | OrderSave | Halt | End
+Order: TypeAlias = Prepare | Start | Confirm | Probe | OrderSave | Keep | Forget | Halt | End

@@ -36,7 +36,16 @@ import orjson
 
 from hpcft import durable, wire
 from hpcft.errors import DamagedError
-from hpcft.events import CheckpointsFound, Event, NodeHeard, NodeReported, Progressed, SnapshotTaken, Ticked
+from hpcft.events import (
+    CheckpointsFound,
+    Event,
+    NodeHeard,
+    NodeReported,
+    Progressed,
+    SnapshotDropped,
+    SnapshotTaken,
+    Ticked,
+)
 from hpcft.ids import Generation, Incarnation, NodeId, Term
 from hpcft.world import World, apply
 
@@ -74,7 +83,7 @@ class Replayed:
 
 def is_journaled(event: Event) -> bool:
     """Heartbeats, copies in memory and the passing of time are not history."""
-    return not isinstance(event, NodeHeard | NodeReported | SnapshotTaken | Ticked)
+    return not isinstance(event, NodeHeard | NodeReported | SnapshotTaken | SnapshotDropped | Ticked)
 
 
 def replay(directory: Path) -> Replayed:

@@ -31,6 +31,7 @@ from hpcft.events import (
     Action,
     AskPeer,
     CheckpointCommitted,
+    CheckpointFailed,
     CheckpointsFound,
     Commit,
     Conclude,
@@ -38,8 +39,10 @@ from hpcft.events import (
     End,
     Event,
     Evict,
+    Forget,
     Halt,
     HaltWorkers,
+    Keep,
     LeaseRenewed,
     NodeHeard,
     NodeJoined,
@@ -55,6 +58,7 @@ from hpcft.events import (
     RequeueAccepted,
     RequeueRefused,
     SaveAndStop,
+    SnapshotDropped,
     SnapshotTaken,
     Start,
     StopAsked,
@@ -87,7 +91,7 @@ SILENT_SLACK_SECONDS = 60.0
 """What the run clock makes up for beyond a leader's usual silence in its journal: for slow steps, and a late disk."""
 
 
-PLENTIFUL = NodeHeard | NodeReported | Progressed | SnapshotTaken
+PLENTIFUL = NodeHeard | NodeReported | Progressed | SnapshotTaken | SnapshotDropped
 """A thousand nodes say these some thousand times a second."""
 
 
@@ -236,6 +240,7 @@ class Leader:
         if isinstance(event, CheckpointCommitted) and event.checkpoint in self.world.checkpoints:
             self._commits.retain(self.world.checkpoints)
         self._journal.append(event, now)
+        self._speak_of_copies(before, event)
         if isinstance(event, PLENTIFUL):
             return  # nothing that the next tick would not decide as well
         for _ in range(DECISIONS_PER_EVENT):
@@ -248,6 +253,20 @@ class Leader:
             for action in decided.actions:
                 self._perform(action)
         raise AssertionError(f"the policy does not settle: {decided.reason}")
+
+    def _speak_of_copies(self, before: World, event: Event) -> None:
+        """Which copies in memory the agents are to keep, and which are of no use."""
+        formation, held = self.world.formation, self.world.holdings.held
+        if formation is None:
+            return
+        term, generation = self._office.record.term, formation.generation
+        if held is not None and held is not before.holdings.held:
+            self._broadcast(Keep(term, generation, held.snapshot.step))
+        match event:
+            case CheckpointFailed(step, of) if of == generation and not self.world.taken(step):
+                self._broadcast(Forget(term, generation, step))
+            case _:
+                pass
 
     def _post(self, event: Event) -> None:
         """From any thread."""

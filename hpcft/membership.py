@@ -25,7 +25,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
-from hpcft.events import Confirm, End, Formation, Halt, Member, Order, OrderSave, Prepare, Probe, Start, Verdict
+from hpcft.events import (
+    Confirm,
+    End,
+    Forget,
+    Formation,
+    Halt,
+    Keep,
+    Member,
+    Order,
+    OrderSave,
+    Prepare,
+    Probe,
+    Start,
+    Verdict,
+)
 from hpcft.ids import Generation, Incarnation, NodeId, Step, Term
 
 
@@ -93,6 +107,20 @@ class SaveAt:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepCopies:
+    """Of this step, and no older ones."""
+
+    generation: Generation
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetCopies:
+    generation: Generation
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
 class LookAt:
     """See whether the suspect answers, and tell the leader."""
 
@@ -114,7 +142,18 @@ class Retire:
 
 
 Effect: TypeAlias = (
-    KillWorkers | StopWorkers | StartWorkers | Acknowledge | Refuse | ExtendLease | SaveAt | LookAt | Fence | Retire
+    KillWorkers
+    | StopWorkers
+    | StartWorkers
+    | Acknowledge
+    | Refuse
+    | ExtendLease
+    | SaveAt
+    | KeepCopies
+    | ForgetCopies
+    | LookAt
+    | Fence
+    | Retire
 )
 
 
@@ -172,6 +211,10 @@ class Membership:
                 return self, (LookAt(order),) if term >= self.term else ()
             case OrderSave(term, generation, step, stop):
                 return self, (SaveAt(step, stop),) if self._runs(term, generation) else ()
+            case Keep(term, generation, step):
+                return self, (KeepCopies(generation, step),) if self._runs(term, generation) else ()
+            case Forget(term, generation, step):
+                return self, (ForgetCopies(generation, step),) if self._runs(term, generation) else ()
             case Halt(term, generation):
                 return self, (StopWorkers(),) if self._runs(term, generation) else ()
             case End(term, verdict):

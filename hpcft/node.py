@@ -192,7 +192,8 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
 
     def snapshots(answer: Answer, run: Run) -> Snapshots:
         kept = config.checkpoint
-        return Snapshots(SaveSettings(directory.checkpoints, kept.memory, kept.slots, kept.max_bandwidth), answer, run)
+        settings = SaveSettings(directory.checkpoints, kept.memory, kept.slots, kept.max_bandwidth)
+        return Snapshots(settings, node, answer, run)
 
     def ranks(
         incarnation: Incarnation,

@@ -309,7 +309,12 @@ def _recover(world: World, rules: Rules, now: float, what: str) -> Decided:
     if spent:
         return _stop(ExitCode.GAVE_UP, f"{what}; {spent}")
     damaged = next((each for each in world.failures if each.failure.kind is FailureKind.DAMAGED), None)
-    if damaged is not None and world.formation is not None and world.formation.restore is not None:
+    if (
+        damaged is not None
+        and world.formation is not None
+        and world.formation.restore is not None
+        and (not world.formation.memory)
+    ):
         checkpoint = world.formation.restore
         if world.examined is None:
             if world.suspected is None:
@@ -405,9 +410,9 @@ def assign(candidates: tuple[Node, ...], multiple_of: int) -> tuple[Member, ...]
 
 
 def _propose(world: World, rules: Rules, now: float, what: str) -> Decided:
-    if world.saved is not None and world.restore is None:
-        return _stop_damaged(world, f"{what}; no checkpoint is left")
     members = assign(_candidates(world, rules, now), rules.multiple_of)
+    if world.saved is not None and world.restore is None and world.holdings.usable(members, None) is None:
+        return _stop_damaged(world, f"{what}; no checkpoint is left")
     if len(members) < rules.minimum_nodes:
         least = f"{counted(rules.minimum_nodes, 'node')} or more"
         reason = f"{what}; no world of {least} has a number of ranks divisible by {rules.multiple_of}"
@@ -419,8 +424,14 @@ def _propose(world: World, rules: Rules, now: float, what: str) -> Decided:
         f"{world.run}/{world.term}/{generation}/{members[0].incarnation}".encode(), digest_size=4
     ).hexdigest()
     restore = world.restore
-    formation = Formation(world.term, generation, members, restore, nonce)
+    memory: tuple[Member, ...] = ()
     start = f"from the checkpoint of step {restore.step}" if restore else "from the beginning"
+    # what has led to a failure twice is not tried a third time: the older state, which has been on a disk, may be sound
+    held = world.holdings.usable(members, restore) if not world.fruitless_so_far else None
+    if held is not None:
+        restore, memory = held.snapshot, held.members
+        start = f"from the copy of step {restore.step} in memory"
+    formation = Formation(world.term, generation, members, restore, nonce, memory)
     return Decided(
         (Propose(formation),),
         f"{what}: generation {generation} with {counted(len(members), 'node')} "

@@ -17,14 +17,12 @@ from typing import Any
 from hpcft.checkpoint.layout import checkpoint_name
 from hpcft.config import Config
 from hpcft.events import (
-    CheckpointRef,
     Event,
     Failure,
     FailureKind,
     Formation,
     NodeReported,
     Progressed,
-    SnapshotTaken,
     WorkerFailed,
     WorkerReport,
     WorkerReturned,
@@ -35,7 +33,7 @@ from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step
 from hpcft.page import NodePage, Phase
 from hpcft.snapshots import Snapshots
 from hpcft.units import EverySteps
-from hpcft.worker.spec import STATUS_DAMAGED, STATUS_FENCED, STATUS_STOPPED, STATUS_UNREADABLE
+from hpcft.worker.spec import STATUS_DAMAGED, STATUS_FENCED, STATUS_FORGOTTEN, STATUS_STOPPED, STATUS_UNREADABLE
 from hpcft.workers import NOT_STARTED, WorkerEvent, WorkerExited, WorkerSaid, WorkerSpawned
 
 log = logging.getLogger("hpcft.ranks")
@@ -89,9 +87,6 @@ class Ranks:
         self._snapshots = snapshots
         self._saves: dict[Rank, Mapping[str, Any]] = {}
         """What was last told of each rank's saves."""
-        self._taken: dict[Step, set[Rank]] = {}
-        """Who has a copy of a step, or has written it, as long as some have not."""
-        self._all_took: SnapshotTaken | None = None
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -106,7 +101,6 @@ class Ranks:
         self._ranks = {}
         self._outcomes = []
         self._saves = {}
-        self._taken, self._all_took = {}, None
         specs = {}
         for slot, rank in enumerate(member.ranks()):
             self._page.clear_slot(slot)
@@ -114,7 +108,7 @@ class Ranks:
             self._ranks[name] = _Rank(Rank(rank), slot)
             specs[name] = worker_spec(self._assignment, formation, slot, Rank(rank), member.workers, store)
         workers = {each.slot: (name, each.rank) for name, each in self._ranks.items()}
-        self._snapshots.begin(formation, workers, self._tell_save)
+        self._snapshots.begin(formation, workers, self._tell_save, self._say)
         return specs
 
     def forget(self) -> None:
@@ -123,7 +117,6 @@ class Ranks:
         self._ranks = {}
         self._outcomes = []
         self._saves = {}
-        self._all_took = None
 
     def report_last(self) -> None:
         """Nobody trains here: how far the last ones were, before this agent perhaps, is what a recovery loses."""
@@ -139,8 +132,7 @@ class Ranks:
             self.report_last()
         self._progress = None
         self.report_progress()
-        if self._all_took is not None:
-            self._say(self._all_took)
+        self._snapshots.repeat()
         for message in self._saves.values():
             self._tell(message)
         for event in self._outcomes:
@@ -180,30 +172,19 @@ class Ranks:
             case {"kind": "reserve", "size": size} if fds:
                 self._snapshots.asked(rank.slot, size, fds[0])
                 fds = fds[1:]
-            case {"kind": "snapshot", "step": step}:
+            case {"kind": "snapshot"}:
                 self._snapshots.copied(rank.slot, message, fds[0] if fds else None)
-                self._took(rank.rank, formation, Step(step))
                 fds = fds[1:]
             case {"kind": "skipped", "step": step, "reason": reason}:
                 self._tell_save(rank.rank, {"skipped": {**about, "step": step, "reason": reason}})
             case {"kind": "shard", "step": step, "report": report}:
-                self._took(rank.rank, formation, Step(step))
+                self._snapshots.wrote(rank.rank, Step(step))
                 self._tell_save(rank.rank, {"shard": {**about, "step": step, "report": report}})
             case {"kind": "save_failed", "step": step, "reason": reason}:
                 self._tell_save(rank.rank, {"save_failed": {**about, "step": step, "reason": reason}})
             case {"kind": kind}:
                 rank.last_words[str(kind)] = message
         close_all(fds)
-
-    def _took(self, rank: Rank, formation: Formation, step: Step) -> None:
-        """The rank has a copy of this step, or has written it."""
-        taken = self._taken.setdefault(step, set())
-        taken.add(rank)
-        if len(taken) == len(self._ranks):
-            for older in [each for each in self._taken if each <= step]:
-                del self._taken[older]
-            self._all_took = SnapshotTaken(self._assignment.node, formation.generation, step)
-            self._say(self._all_took)
 
     def _tell_save(self, rank: Rank, message: Mapping[str, Any]) -> None:
         self._saves[rank] = message
@@ -310,6 +291,9 @@ def failure_of(event: WorkerExited, last_words: Mapping[str, Mapping[str, Any]],
     if event.status == STATUS_DAMAGED:
         detail = last_words.get("damaged", {}).get("detail", "it did not say where")
         return Failure(FailureKind.DAMAGED, str(detail), step, tail=tail)
+    if event.status == STATUS_FORGOTTEN:
+        detail = last_words.get("forgotten", {}).get("detail", "the copy of the state in memory could not be had")
+        return Failure(FailureKind.FORGOTTEN, str(detail), step, tail=tail)
     if event.status == STATUS_UNREADABLE:
         detail = last_words.get("unreadable", {}).get("detail", "its checkpoint cannot be read on this node")
         return Failure(FailureKind.UNREADABLE, str(detail), step, tail=tail)
@@ -357,7 +341,7 @@ def worker_spec(
         "master_port": store[1],
         "store_prefix": f"g{formation.generation}",
         "group_timeout": config.recovery.group_timeout,
-        "restore": _restore(assignment.run_directory, formation.restore),
+        "restore": _restore(assignment.run_directory, formation),
         "seed": config.run.seed,
         "checkpoint": {
             "every_steps": every.steps if isinstance(every, EverySteps) else None,
@@ -382,11 +366,17 @@ def close_all(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
-def _restore(run_directory: Path, checkpoint: CheckpointRef | None) -> dict[str, Any] | None:
+def _restore(run_directory: Path, formation: Formation) -> dict[str, Any] | None:
+    checkpoint = formation.restore
     if checkpoint is None:
         return None
     name = checkpoint_name(checkpoint.step, checkpoint.generation)
-    return {"step": checkpoint.step, "directory": str(run_directory / "checkpoints" / name)}
+    found: dict[str, Any] = {"step": checkpoint.step, "directory": str(run_directory / "checkpoints" / name)}
+    if formation.memory:
+        # who has the shares of which former ranks, by the first rank that lives beside them now
+        held = [(member, formation.member(member.node)) for member in formation.memory]
+        found["memory"] = [[each.first_rank, each.workers, now.first_rank] for each, now in held if now is not None]
+    return found
 
 
 def _program(config: Config) -> dict[str, Any]:

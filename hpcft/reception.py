@@ -22,6 +22,7 @@ from hpcft.events import (
     Order,
     PeerAnswered,
     Progressed,
+    SnapshotDropped,
     SnapshotTaken,
     StreamClosed,
     WorkerFailed,
@@ -48,6 +49,7 @@ FROM_AGENTS = (
     | WorkerReturned
     | WorkerStopped
     | SnapshotTaken
+    | SnapshotDropped
 )
 
 Message: TypeAlias = Mapping[str, Any]

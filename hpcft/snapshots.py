@@ -4,11 +4,16 @@ Theory of operation
 -------------------
 Each local rank has a few arenas (`slots`), made when its worker says how large its share is, and kept for the workers
 that follow. The worker copies into a free one and says so; from then on the copy is this module's, whether or not
-the worker lives on: a carrier writes it to the checkpoint directory, the report goes to the leader, and the worker may
-use the slot again. So a file system that hangs costs free slots, and nothing else.
+the worker lives on. A carrier *seals* it (takes the digests that it will always be compared with), writes it to the
+checkpoint directory, and the report goes to the leader. So a file system that hangs costs free slots, and nothing else.
 
-A copy is written for the generation that made it. When the next one begins, what is still being written of the last
-one is given up.
+A slot is free again when its copy is neither being written, nor the newest that all nodes have sealed (the leader says
+so: `keep`), nor newer than that. So the state of one step is always complete in memory, and the next generation's
+workers get it from there (`begin`), whatever became of their predecessors. With one slot there is no such copy.
+
+A copy belongs to the generation that made it. When the next one begins, what is still being written of the last
+one is given up, unless it is the state that this one starts from: then that goes on to become a checkpoint, or begins
+to.
 
 Which way of writing is faster here, through the page cache or around it, is measured on the saves themselves.
 """
@@ -27,8 +32,8 @@ from typing import Any
 
 from hpcft.carriers import Carrier, JobFailed
 from hpcft.checkpoint.layout import checkpoint_name
-from hpcft.events import Formation, SaveReport
-from hpcft.ids import Rank, Step
+from hpcft.events import CheckpointRef, Event, Formation, SaveReport, SnapshotTaken
+from hpcft.ids import Generation, NodeId, Rank, Step
 from hpcft.memory import headroom
 from hpcft.units import human_size
 
@@ -82,76 +87,180 @@ class Ways:
 
 
 @dataclass(slots=True)
-class _Slot:
-    fd: int
-    step: Step | None = None
-    """Of the copy in it that is being written."""
+class _Copy:
+    """What lies in a slot."""
+
+    formation: Formation
+    rank: Rank
+    message: Mapping[str, Any]
+    """The worker's, about this copy."""
+    plan: int
+    values: int | None
+    """Memory files, owned: what the copy is, and what else rank 0 said."""
+    digests: int | None = None
+    """Memory file with the digests of its chunks; None: not sealed yet."""
+    work: asyncio.Task[None] | None = None
     since: float = 0.0
     written: int = 0
     heard_at: float = 0.0
 
+    @property
+    def step(self) -> Step:
+        return Step(self.message["step"])
+
+    @property
+    def size(self) -> int:
+        return int(self.message["size"])
+
+    @property
+    def snapshot(self) -> CheckpointRef:
+        return CheckpointRef(self.step, self.formation.generation)
+
+    def close(self) -> None:
+        for fd in (self.plan, self.values, self.digests):
+            if fd is not None:
+                os.close(fd)
+
+
+@dataclass(slots=True)
+class _Slot:
+    fd: int
+    copy: _Copy | None = None
+
 
 @dataclass(slots=True)
 class _Share:
-    """One local rank: the carrier and the arenas stay, the worker changes."""
+    """One local rank: carriers and arenas stay, the worker changes."""
 
-    carrier: Carrier = field(default_factory=Carrier)
+    memory: Carrier = field(default_factory=Carrier)
+    """For what never waits for a file system."""
+    disk: Carrier = field(default_factory=Carrier)
     worker: str = ""
     rank: Rank = Rank(0)
     size: int = 0
+    """Of an arena."""
     slots: list[_Slot] = field(default_factory=list)
+    outgrown: list[_Slot] = field(default_factory=list)
+    """Slots of another size, that go when their copies do."""
     plan: int | None = None
     """Memory file with what the copies of this worker are."""
     refused: str = ""
 
     @property
     def bytes(self) -> int:
-        return self.size * len(self.slots)
+        outgrown = sum(slot.copy.size for slot in self.outgrown if slot.copy is not None)
+        return self.size * len(self.slots) + outgrown
 
-    def drop_arenas(self) -> None:
+    @property
+    def filled(self) -> list[tuple[_Slot, _Copy]]:
+        return [(slot, slot.copy) for slot in (*self.slots, *self.outgrown) if slot.copy is not None]
+
+    def holds(self, snapshot: CheckpointRef | None) -> bool:
+        return any(copy.snapshot == snapshot for _, copy in self.filled)
+
+    def outgrow(self) -> None:
+        """The arenas are too small from now on; what is of use in them stays."""
         for slot in self.slots:
-            os.close(slot.fd)
+            if slot.copy is None:
+                os.close(slot.fd)
+            else:
+                self.outgrown.append(slot)
         self.slots, self.size = [], 0
+
+    def empty(self, slot: _Slot) -> None:
+        """Give up the copy, whatever is being done with it."""
+        copy, slot.copy = slot.copy, None
+        if copy is not None:
+            if copy.work is not None:
+                copy.work.cancel()
+            copy.close()
+        if slot in self.outgrown:
+            self.outgrown.remove(slot)
+            os.close(slot.fd)
 
 
 Answer = Callable[[str, Mapping[str, Any], Sequence[int]], None]
 """Tells a worker something; the descriptors stay the caller's."""
 Tell = Callable[[Rank, Mapping[str, Any]], None]
 """Tells the leader what became of a rank's save: `{"shard": …}` or `{"save_failed": …}`."""
+Say = Callable[[Event], None]
+"""Tells the leader what the node has in memory."""
 Run = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
 
 
 class Snapshots:
     """Of one node, for all its generations."""
 
-    def __init__(self, settings: SaveSettings, answer: Answer, run: Run) -> None:
+    def __init__(self, settings: SaveSettings, node: NodeId, answer: Answer, run: Run) -> None:
         self._settings = settings
+        self._node = node
         self._answer = answer
         self._run = run
         self._shares: dict[int, _Share] = {}
         self._formation: Formation | None = None
         self._tell: Tell = lambda rank, message: None
-        self._writing: set[asyncio.Task[None]] = set()
+        self._say: Say = lambda event: None
+        self._kept: CheckpointRef | None = None
+        """The newest that all nodes have sealed."""
+        self._taken: dict[Step, set[Rank]] = {}
+        """Whose share of a step is copied and sealed, or written, as long as somebody's is not."""
+        self._written: set[Step] = set()
+        """Those of them that some rank has written without a copy."""
+        self._forgotten: set[Step] = set()
+        """Steps of this generation that some rank has no copy of; another may be about to make one."""
         self._promised = 0
         """Bytes of arenas that are being made."""
         self._ways = Ways()
+        self._spoken: list[Event] = []
 
-    def begin(self, formation: Formation, workers: Mapping[int, tuple[str, Rank]], tell: Tell) -> None:
+    # --- generations ---
+
+    def begin(self, formation: Formation, workers: Mapping[int, tuple[str, Rank]], tell: Tell, say: Say) -> None:
         """A generation begins with these workers, by their number on this node."""
-        for task in self._writing:
-            task.cancel()
-        self._formation, self._tell = formation, tell
-        for number in [known for known in self._shares if known not in workers]:
-            self._end_share(self._shares.pop(number))
+        self._formation, self._tell, self._say = formation, tell, say
+        self._taken, self._written, self._forgotten, self._spoken = {}, set(), set(), []
+        origin = formation.restore if formation.memory else None
+        self._kept = origin
+        for number, share in list(self._shares.items()):
+            for slot, copy in share.filled:
+                if copy.snapshot != origin:
+                    share.empty(slot)
+            if number not in workers and not share.holds(origin):
+                self._end_share(self._shares.pop(number))
+            else:
+                share.worker = ""
         for number, (worker, rank) in workers.items():
             share = self._shares.setdefault(number, _Share())
             share.worker, share.rank, share.refused = worker, rank, ""
-            for slot in share.slots:
-                slot.step = None
+
+    def hand_out(self) -> None:
+        """Give the workers, which are there by now, what they start from; and go on making it durable."""
+        formation = self._formation
+        if formation is None or not formation.memory:
+            return
+        held = [
+            (share, slot, copy)
+            for share in self._shares.values()
+            for slot, copy in share.filled
+            if copy.snapshot == formation.restore and copy.digests is not None
+        ]
+        for worker in [share.worker for share in self._shares.values() if share.worker]:
+            for _, slot, copy in held:
+                assert copy.digests is not None
+                about = {"kind": "image", "rank": copy.rank, "values": copy.values is not None}
+                fds = [slot.fd, copy.plan, copy.digests] + ([] if copy.values is None else [copy.values])
+                self._answer(worker, about, fds)
+            self._answer(worker, {"kind": "images", "count": len(held)}, ())
+        for share, slot, copy in held:
+            if copy.work is None and copy.written < copy.size:
+                copy.work = self._run(self._write(share, slot, copy), f"write-{copy.rank}")
 
     def _end_share(self, share: _Share) -> None:
-        share.carrier.leave_behind()
-        share.drop_arenas()
+        share.memory.leave_behind()
+        share.disk.leave_behind()
+        for slot, _ in share.filled:
+            share.empty(slot)
+        share.outgrow()
         if share.plan is not None:
             os.close(share.plan)
 
@@ -161,6 +270,11 @@ class Snapshots:
             self._end_share(share)
         self._shares.clear()
 
+    def repeat(self) -> None:
+        """Say again what is in memory: the stream on which it was said may be lost."""
+        for event in self._spoken:
+            self._say(event)
+
     # --- what workers say ---
 
     def asked(self, number: int, size: int, plan: int) -> None:
@@ -169,30 +283,32 @@ class Snapshots:
         if share.plan is not None:
             os.close(share.plan)
         share.plan = plan
-        self._track(self._run(self._provide(share, size), f"reserve-{number}"))
+        self._run(self._provide(share, size), f"reserve-{share.rank}")
 
     async def _provide(self, share: _Share, size: int) -> None:
+        worker = share.worker
         if share.size < size or not share.slots:
-            share.drop_arenas()
+            share.outgrow()
             count, share.refused = self._affordable(share.rank, size)
             if not count:
-                log.warning("no snapshots on this node: %s", share.refused)
-                self._answer(share.worker, {"kind": "no_arenas", "reason": share.refused}, ())
+                log.warning("no copies in memory: %s", share.refused)
+                self._answer(worker, {"kind": "no_arenas", "reason": share.refused}, ())
                 return
             if share.refused:
                 log.warning("%s", share.refused)
             self._promised += size * count
             try:
-                _, fds = await share.carrier.carry({"do": "reserve", "size": size, "count": count})
+                _, fds = await share.memory.carry({"do": "reserve", "size": size, "count": count})
             except JobFailed as error:
                 share.refused = f"{human_size(size * count)} of memory could not be had: {error}"
-                self._answer(share.worker, {"kind": "no_arenas", "reason": share.refused}, ())
+                self._answer(worker, {"kind": "no_arenas", "reason": share.refused}, ())
                 return
             finally:
                 self._promised -= size * count
+            share.outgrow()  # those of another question, meanwhile
             share.slots, share.size = [_Slot(fd) for fd in fds], size
-        about = {"kind": "arenas", "size": size}
-        self._answer(share.worker, about, [slot.fd for slot in share.slots])
+        free = [number for number, slot in enumerate(share.slots) if slot.copy is None]
+        self._answer(worker, {"kind": "arenas", "size": size, "free": free}, [slot.fd for slot in share.slots])
 
     def _affordable(self, rank: Rank, size: int) -> tuple[int, str]:
         """How many arenas of this size there is memory for, and why there are not as many as wanted."""
@@ -214,26 +330,60 @@ class Snapshots:
 
     def copied(self, number: int, message: Mapping[str, Any], values: int | None) -> None:
         """The copy of a step is in the slot; `values` is a memory file, taken over."""
-        share = self._shares[number]
-        slot = share.slots[message["slot"]]
-        slot.step, slot.since, slot.written = Step(message["step"]), time.monotonic(), 0
-        slot.heard_at = slot.since
-        self._track(self._run(self._write(share, message["slot"], message, values), f"write-{number}"))
-
-    def _track(self, task: asyncio.Task[None]) -> None:
-        self._writing.add(task)
-        task.add_done_callback(self._writing.discard)
-
-    async def _write(self, share: _Share, number: int, message: Mapping[str, Any], values: int | None) -> None:
-        formation, tell = self._formation, self._tell
+        share, formation = self._shares[number], self._formation
         assert formation is not None and share.plan is not None
-        slot, rank, step = share.slots[number], share.rank, Step(message["step"])
-        direct = self._ways.goes_direct(share.size)
+        slot = share.slots[message["slot"]]
+        share.empty(slot)
+        slot.copy = copy = _Copy(formation, share.rank, message, os.dup(share.plan), values)
+        if copy.step in self._forgotten:
+            self._free(share, slot)
+        else:
+            copy.work = self._run(self._take(share, slot, copy), f"save-{share.rank}")
+
+    def wrote(self, rank: Rank, step: Step) -> None:
+        """The rank has written its share without a copy."""
+        self._written.add(step)
+        self._took(rank, step)
+
+    def _took(self, rank: Rank, step: Step) -> None:
+        taken = self._taken.setdefault(step, set())
+        taken.add(rank)
+        formation = self._formation
+        if formation is None or len(taken) < sum(bool(share.worker) for share in self._shares.values()):
+            return
+        for older in [each for each in self._taken if each <= step]:
+            del self._taken[older]
+        kept = all(len(each.slots) > 1 for each in self._shares.values() if each.worker)
+        in_memory = kept and step not in self._written
+        self._speak(SnapshotTaken(self._node, formation.generation, step, in_memory))
+
+    def _speak(self, event: Event) -> None:
+        self._spoken = [*self._spoken, event][-2:]
+        self._say(event)
+
+    # --- what becomes of a copy ---
+
+    async def _take(self, share: _Share, slot: _Slot, copy: _Copy) -> None:
+        try:
+            _, fds = await share.memory.carry({"do": "seal", "size": copy.size}, [slot.fd])
+        except JobFailed as error:
+            self._fail(copy, str(error))
+            copy.work = None
+            self._release(share, slot)
+            return
+        copy.digests = fds[0]
+        self._took(copy.rank, copy.step)
+        await self._write(share, slot, copy)
+
+    async def _write(self, share: _Share, slot: _Slot, copy: _Copy) -> None:
+        copy.since = copy.heard_at = time.monotonic()
+        message, formation = copy.message, copy.formation
+        direct = self._ways.goes_direct(copy.size)
         bandwidth = self._settings.bandwidth
         job = {
             "do": "write",
             "root": str(self._settings.root),
-            "name": checkpoint_name(step, formation.generation),
+            "name": checkpoint_name(copy.step, formation.generation),
             "nonce": formation.nonce,
             "direct": direct,
             "bandwidth": None if bandwidth is None else bandwidth / max(1, len(self._shares)),
@@ -243,23 +393,58 @@ class Snapshots:
         }
 
         def told(written: int) -> None:
-            slot.written, slot.heard_at = written, time.monotonic()
+            copy.written, copy.heard_at = written, time.monotonic()
 
-        about = {"generation": formation.generation, "rank": rank, "step": step}
+        about = {"generation": formation.generation, "rank": copy.rank, "step": copy.step}
+        assert copy.digests is not None
         try:
-            fds = [slot.fd, share.plan] if values is None else [slot.fd, share.plan, values]
-            done, _ = await share.carrier.carry(job, fds, told)
+            fds = [slot.fd, copy.plan, copy.digests] + ([] if copy.values is None else [copy.values])
+            done, _ = await share.disk.carry(job, fds, told)
         except JobFailed as error:
-            tell(rank, {"save_failed": {**about, "reason": str(error)}})
+            copy.written = 0
+            self._fail(copy, str(error))
         else:
-            self._ways = self._ways.seen(direct, share.size, done["seconds"])
-            blocked = message["blocked"]
-            tell(rank, {"shard": {**about, "report": done["report"], "blocked": blocked}})
-        finally:
-            if values is not None:
-                os.close(values)
-            slot.step = None
-        self._answer(share.worker, {"kind": "free", "slot": number}, ())
+            copy.written = copy.size
+            self._ways = self._ways.seen(direct, copy.size, done["seconds"])
+            self._tell(copy.rank, {"shard": {**about, "report": done["report"], "blocked": message["blocked"]}})
+        copy.work = None
+        self._release(share, slot)
+
+    def _fail(self, copy: _Copy, reason: str) -> None:
+        about = {"generation": copy.formation.generation, "rank": copy.rank, "step": copy.step}
+        self._tell(copy.rank, {"save_failed": {**about, "reason": reason}})
+
+    def keep(self, generation: Generation, step: Step) -> None:
+        """All nodes have sealed this step: older copies are of no use any more."""
+        self._kept = CheckpointRef(step, generation)
+        for share in self._shares.values():
+            for slot, _ in share.filled:
+                self._release(share, slot)
+
+    def forget(self, generation: Generation, step: Step) -> None:
+        """Some rank has no copy of this step: those of others are of no use, nor is writing them."""
+        gone = CheckpointRef(step, generation)
+        self._forgotten.add(step)
+        for share in self._shares.values():
+            for slot, copy in share.filled:
+                if copy.snapshot == gone:
+                    self._free(share, slot)
+
+    def _release(self, share: _Share, slot: _Slot) -> None:
+        """The slot is the worker's again, unless its copy is still of use."""
+        copy = slot.copy
+        if copy is None or copy.work is not None:
+            return
+        kept = self._kept
+        older = kept is not None and (copy.snapshot.generation, copy.step) < (kept.generation, kept.step)
+        if copy.digests is not None and not older and len(share.slots) > 1:
+            return
+        self._free(share, slot)
+
+    def _free(self, share: _Share, slot: _Slot) -> None:
+        share.empty(slot)
+        if slot in share.slots:
+            self._answer(share.worker, {"kind": "free", "slot": share.slots.index(slot)}, ())
 
     # --- views ---
 
@@ -267,10 +452,10 @@ class Snapshots:
         """What is being written, for people to read."""
         now = time.monotonic()
         return tuple(
-            SaveReport(share.rank, slot.step, now - slot.since, slot.written, share.size, now - slot.heard_at)
+            SaveReport(copy.rank, copy.step, now - copy.since, copy.written, copy.size, now - copy.heard_at)
             for share in self._shares.values()
-            for slot in share.slots
-            if slot.step is not None
+            for _, copy in share.filled
+            if copy.work is not None and copy.since
         )
 
     @property

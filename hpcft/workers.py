@@ -154,6 +154,8 @@ class _Worker:
     """The pool's name for it, never the same twice."""
     channel: socket.socket
     capture: Capture
+    outbox: deque[tuple[bytes, tuple[int, ...]]] = field(default_factory=deque)
+    """What it has no room for at the moment, with descriptors that are closed afterwards."""
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     """Its end has been told."""
     pid: int = 0
@@ -266,10 +268,22 @@ class Workers:
         """Say something to a worker that lives, and listens; else nothing happens. The descriptors are not closed."""
         for worker in self._workers.values():
             if worker.name == name:
-                try:
-                    socket.send_fds(worker.channel, [orjson.dumps(message)], fds)
-                except OSError as error:  # its end is told soon, or it does not listen any more
-                    log.warning("worker %s was not told %r: %s", name, message.get("kind"), error.strerror)
+                worker.outbox.append((orjson.dumps(message), tuple(os.dup(fd) for fd in fds)))
+                self._flush_to(worker)
+
+    def _flush_to(self, worker: _Worker) -> None:
+        while worker.outbox:
+            packet, fds = worker.outbox[0]
+            try:
+                socket.send_fds(worker.channel, [packet], fds)
+            except BlockingIOError:
+                self._loop.add_writer(worker.channel, self._flush_to, worker)
+                return
+            except OSError as error:  # its end is told soon
+                log.info("worker %s does not listen any more: %s", worker.name, error.strerror)
+            worker.outbox.popleft()
+            _close_all(fds)
+        self._loop.remove_writer(worker.channel)
 
     def kill_all(self) -> None:
         """SIGKILL all workers, with everything they started. Does not wait."""
@@ -474,6 +488,10 @@ class Workers:
         worker.settled.set()
         self._workers.pop(worker.id, None)
         self._loop.remove_reader(worker.channel)
+        self._loop.remove_writer(worker.channel)
+        for _, fds in worker.outbox:
+            _close_all(fds)
+        worker.outbox.clear()
         worker.channel.close()
         if worker.watch is not None:
             self._loop.remove_reader(worker.watch)

@@ -58,6 +58,7 @@ from hpcft.events import (
     RequeueAccepted,
     RequeueRefused,
     SaveAndStop,
+    SnapshotDropped,
     SnapshotTaken,
     StopAsked,
     StreamClosed,
@@ -74,15 +75,12 @@ from hpcft.events import (
     WorldAcknowledged,
     WorldRefused,
 )
+from hpcft.holdings import Holdings
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 
 UNWRITTEN = 100
 """How many generations a lost leader may have formed, at most, that its journal does not show: the run directory was
 not answering. Their numbers are skipped, for files carry them."""
-
-
-SNAPSHOTS_KNOWN = 4
-"""Of so many steps it is remembered who has a copy."""
 
 
 class Phase(StrEnum):
@@ -254,8 +252,7 @@ class World:
     returned_at: float = 0.0
     """When the last of them did."""
     stopped: frozenset[Rank] = frozenset()
-    snapshots: Mapping[Step, frozenset[NodeId]] = field(default_factory=dict)
-    """The latest steps of which members have taken copies, and which have."""
+    holdings: Holdings = field(default_factory=Holdings)
     save_skipped: tuple[Step, str] | None = None
     """The last save of this generation that was left out, and why."""
     lost_members: tuple[NodeId, ...] = ()
@@ -325,10 +322,8 @@ class World:
     verdict: Verdict | None = None
 
     def taken(self, step: Step) -> bool:
-        """Whether every member has a copy of its share of this step."""
-        if self.formation is None:
-            return False
-        return self.snapshots.get(step, frozenset()) >= {member.node for member in self.formation.members}
+        """Whether every member has copied or written its share of this step."""
+        return self.formation is not None and self.holdings.all_took(step, self.formation)
 
     def node(self, node: NodeId) -> Node | None:
         return next((known for known in self.nodes if known.id == node), None)
@@ -359,8 +354,9 @@ class World:
     @property
     def fruitless_so_far(self) -> int:
         """Generations in a row without progress, this one included if it has failed."""
-        # a damaged checkpoint was set aside: the next try is another one, and there are only so many
-        same_again = not isinstance(self.examined, CheckpointDamaged)
+        # a damaged checkpoint was set aside, a copy in memory given up: the next try is another, and they are few
+        forgotten = any(each.failure.kind is FailureKind.FORGOTTEN for each in self.failures)
+        same_again = not (forgotten or isinstance(self.examined, CheckpointDamaged))
         return self.fruitless + (self.phase is Phase.RUNNING and self.broken and not self.advanced and same_again)
 
     @property
@@ -450,12 +446,16 @@ def apply(world: World, event: Event, now: float) -> World:
             return replace(world, checkpoints=left)
         case CheckpointFailed():
             return _fail_checkpoint(world, event, now)
+        case SnapshotTaken():
+            if world.formation is None or world.formation.generation != event.generation:
+                return world
+            return replace(world, holdings=world.holdings.took(event, world.formation))
+        case SnapshotDropped():
+            return replace(world, holdings=world.holdings.dropped(event))
         case CheckpointSkipped():
             if not _current(world, event.generation):
                 return world
             return replace(world, skipped=world.skipped + 1, save_skipped=(event.step, event.reason))
-        case SnapshotTaken():
-            return _take_snapshot(world, event)
         case CheckpointDamaged():
             return _lose_checkpoint(world, event, now)
         case CheckpointKept():
@@ -581,7 +581,11 @@ def _lose_touch(world: World, event: StreamClosed | WorkersVanished | KeeperVani
 
 def _remove(world: World, node: Node, why: str, now: float, cause: str = "node lost") -> World:
     """Take an incarnation out of office; if it held ranks, that is an incident."""
-    world = replace(world, nodes=tuple(known for known in world.nodes if known is not node))
+    world = replace(
+        world,
+        nodes=tuple(known for known in world.nodes if known is not node),
+        holdings=world.holdings.lost(node.id, node.incarnation),
+    )
     formation = world.formation
     member = formation.member(node.id) if formation is not None else None
     if member is None or member.incarnation != node.incarnation:
@@ -712,6 +716,8 @@ def _fail(world: World, event: WorkerFailed, now: float) -> World:
         world = _open_incident(world, cause, culprit, None if paid else budget, now, failure.tail)
     elif incident.budget is None and budget is not None:
         world = _find_cause(world, incident.cause, culprit, budget, now, failure.tail)
+    if failure.kind is FailureKind.FORGOTTEN:
+        world = replace(world, holdings=replace(world.holdings, held=None))
     if failure.kind is FailureKind.EXCEPTION:
         if (failure.step, failure.signature()) in world.known_bugs and world.repeated_bug is None:
             world = replace(world, repeated_bug=event)
@@ -725,9 +731,9 @@ def _fail(world: World, event: WorkerFailed, now: float) -> World:
 
 
 def budget_of(kind: FailureKind) -> Budget | None:
-    """Which budget pays. A broken collective is a consequence: it never counts."""
+    """Which budget pays. A broken collective is a consequence, and there is another copy: they never count."""
     match kind:
-        case FailureKind.COLLECTIVE | FailureKind.DAMAGED:
+        case FailureKind.COLLECTIVE | FailureKind.DAMAGED | FailureKind.FORGOTTEN:
             return None
         case FailureKind.EXCEPTION | FailureKind.EXIT:
             return Budget.USER_CODE
@@ -807,17 +813,12 @@ def _ask_termination(world: World, event: TerminationAsked, now: float) -> World
 
 
 def _commit_checkpoint(world: World, event: CheckpointCommitted) -> World:
-    if not _current(world, event.checkpoint.generation):
+    formation = world.formation
+    # what this generation has started from, out of memory, may be durable only now
+    started_from = formation is not None and formation.memory and formation.restore == event.checkpoint
+    if not started_from and not _current(world, event.checkpoint.generation):
         return world  # a straggler of a generation that has been rolled back: not of this lineage
     return replace(world, checkpoints=(*world.checkpoints, event.checkpoint), saved=event.checkpoint)
-
-
-def _take_snapshot(world: World, event: SnapshotTaken) -> World:
-    if not _current(world, event.generation):
-        return world
-    taken = {**world.snapshots, event.step: world.snapshots.get(event.step, frozenset()) | {event.node}}
-    newest = sorted(taken)[-SNAPSHOTS_KNOWN:]
-    return replace(world, snapshots={step: taken[step] for step in newest})
 
 
 def _fail_checkpoint(world: World, event: CheckpointFailed, now: float) -> World:
@@ -907,7 +908,7 @@ def _carry_out(world: World, decided: Decided, now: float) -> World:
                     broken_at=None,
                     save_failed=None,
                     save_skipped=None,
-                    snapshots={},
+                    holdings=world.holdings.begin(formation),
                     suspected=None,
                     examined=None,
                     base_step=base,

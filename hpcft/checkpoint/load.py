@@ -11,10 +11,11 @@ What does not match its digest raises before anything is returned: no caller see
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import orjson
@@ -34,7 +35,7 @@ from hpcft.checkpoint.boxes import (
 )
 from hpcft.checkpoint.image import Placed
 from hpcft.checkpoint.layout import STATE, CheckpointDamagedError, Damage
-from hpcft.checkpoint.manifest import FileEntry, Manifest
+from hpcft.checkpoint.manifest import FileEntry
 from hpcft.checkpoint.pieces import DTYPE_BYTES, TensorShape
 from hpcft.checkpoint.read import chunk_damage, damage_of, read_chunk, read_manifest, stat_damage
 from hpcft.checkpoint.share import raw
@@ -54,26 +55,30 @@ def load(directory: Path, *, run: RunId | None = None) -> FlatState:
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """The state in a committed checkpoint, of which no tensor has been read yet."""
+    """A state of which no tensor has been read yet."""
 
-    directory: Path
+    name: str
+    """For messages: which one it is."""
     index: Mapping[str, TensorShape]
     values: Json
-    _manifest: Manifest
+    sources: tuple[tuple[Sequence[Placed], Fetch], ...]
+    """What the files, or copies in memory, hold, and how it is had."""
 
     @classmethod
     def open(cls, directory: Path, run: RunId | None = None) -> SavedState:
-        """Reads the manifest and the values. Errors as of `load`."""
+        """That of a committed checkpoint: reads the manifest and the values. Errors as of `load`."""
         manifest, _ = read_manifest(directory, run)
         entry = manifest.file(STATE)
         assert entry is not None, "a manifest without it is refused"
         data = bytearray(entry.size)
-        _read(directory, entry, [_Run(0, entry.size, memoryview(data))], whole=True)
+        _read(directory, entry, [_Run(0, entry.size, memoryview(data))], True)
         try:
             values = orjson.loads(data)["state"]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointDamagedError(directory, Damage(STATE, f"it holds no state: {error!r}")) from error
-        return cls(directory, manifest.tensors(), values, manifest)
+        shards = [entry for entry in manifest.files if entry.name != STATE]
+        sources = tuple((entry.tensors, partial(_read, directory, entry)) for entry in shards)
+        return cls(directory.name, manifest.tensors(), values, sources)
 
     def outline(self) -> dict[str, Any]:
         """The state, with tensors that have a shape and a type but no content (`meta`)."""
@@ -96,14 +101,13 @@ class SavedState:
         tensors = {
             name: torch.empty(wanted[name][1], dtype=DTYPES[tensor.dtype]) for name, tensor in self.index.items()
         }
-        for entry in self._manifest.files:
-            if entry.name != STATE:
-                needs = [
-                    need
-                    for item in entry.tensors
-                    if (need := _need(item, wanted[item.piece.name], tensors[item.piece.name])) is not None
-                ]
-                _read(self.directory, entry, needs, whole=not boxes)
+        for placed, fetch in self.sources:
+            needs = [
+                need
+                for item in placed
+                if (need := _need(item, wanted[item.piece.name], tensors[item.piece.name])) is not None
+            ]
+            fetch(needs, not boxes)
         return FlatState(tensors, self.values, boxes)
 
 
@@ -142,11 +146,28 @@ class _Scattered:
             reached += count
 
 
+Need: TypeAlias = _Run | _Scattered
+
+Fetch: TypeAlias = Callable[[Sequence[Need], bool], None]
+"""Puts what is needed of a source where it belongs; with True, all the rest of it is verified as well."""
+
+
+def put_chunk(needs: Iterable[Need], begin: int, data: memoryview) -> None:
+    """Copies what is needed of these bytes, the source's from `begin` on, to where it belongs."""
+    for need in needs:
+        first, last = max(need.begin, begin), min(need.end, begin + len(data))
+        part = data[first - begin : last - begin]
+        if isinstance(need, _Scattered):
+            need.put(first, part)
+        else:
+            need.memory[first - need.begin : last - need.begin] = part
+
+
 def _slices(region: Region) -> tuple[slice, ...]:
     return tuple(slice(start, start + length) for start, length in zip(*region, strict=True))
 
 
-def _need(item: Placed, wanted: Region, tensor: Tensor) -> _Run | _Scattered | None:
+def _need(item: Placed, wanted: Region, tensor: Tensor) -> Need | None:
     """What is to be read of a piece, for a tensor that holds the region `wanted` of the whole."""
     piece = item.piece
     common = overlap((piece.offsets, piece.extent), wanted)
@@ -169,7 +190,7 @@ def _need(item: Placed, wanted: Region, tensor: Tensor) -> _Run | _Scattered | N
     )
 
 
-def _read(directory: Path, entry: FileEntry, needs: Sequence[_Run | _Scattered], *, whole: bool) -> None:
+def _read(directory: Path, entry: FileEntry, needs: Sequence[Need], whole: bool) -> None:
     """Reads what is needed, in the order of the file; and all the rest if it is to be verified, too."""
     if not needs and not whole:
         return
@@ -197,9 +218,7 @@ def _read(directory: Path, entry: FileEntry, needs: Sequence[_Run | _Scattered],
         raise CheckpointDamagedError(directory, damage_of(entry.name, error, directory)) from error
 
 
-def _by_chunk(
-    entry: FileEntry, needs: Sequence[_Run | _Scattered]
-) -> Iterator[tuple[int, Sequence[_Run | _Scattered]]]:
+def _by_chunk(entry: FileEntry, needs: Sequence[Need]) -> Iterator[tuple[int, Sequence[Need]]]:
     """For each chunk of the file, what is needed of it."""
     first = 0
     for chunk in range(len(entry.digests)):
@@ -212,7 +231,7 @@ def _by_chunk(
         yield chunk, needs[first:last]
 
 
-def _buffers(begin: int, end: int, needs: Sequence[_Run | _Scattered], scratch: memoryview) -> Iterator[memoryview]:
+def _buffers(begin: int, end: int, needs: Sequence[Need], scratch: memoryview) -> Iterator[memoryview]:
     """Where the bytes of a chunk go, in order: each that goes to the scratch buffer has its place there."""
     reached = begin
     for need in needs:

@@ -76,8 +76,13 @@ class Arenas:
         self._slots, self.refused = (), None
         self._free.clear()
 
-    def take(self, *, wait: bool) -> int | None:
-        """A slot that may be written; None: all are busy. With `wait` there will be one.
+    def has_room(self) -> bool:
+        """Whether a save would not have to wait for an earlier one's copies. (It may have to for the first arenas.)"""
+        self._hear(0.0)
+        return bool(self._free) or not self._slots
+
+    def take(self) -> int:
+        """A slot that may be written, as soon as there is one.
 
         Raises:
             NoArenas: the agent has none for this rank.
@@ -89,8 +94,6 @@ class Arenas:
                 raise NoArenas(self.refused)
             if self._free and not self._asked:
                 return self._free.popleft()
-            if not self._asked and not wait:
-                return None
             if self._asked and time.monotonic() > deadline:
                 raise NoArenas(f"the agent has not made any in {ANSWER_SECONDS:.0f} s")
             self._link.check_lease()
@@ -109,11 +112,14 @@ class Arenas:
         `later`: names of the tensors that only an optimizer's step changes, before which comes `guard`. `began`: when
         the save did (monotonic); from then until this returns, training stands still.
         """
-        chosen = self._slots[slot]
+        chosen, plan, image = self._slots[slot], self._plan, self._image
+        assert plan is not None and image is not None
+        chosen.arena.view[: len(image.header)] = image.header
 
         def say(blocked: float) -> None:
             values = None if words.values is None else memory_file("hpcft-values", words.values)
-            said = {"slot": slot, "position": words.position, "versions": words.versions, "blocked": blocked, **about}
+            own = {"slot": slot, "size": plan.size, "blocked": blocked}
+            said = {**own, "position": words.position, "versions": words.versions, **about}
             self._link.say_snapshot(said, values)
 
         if self._device.type != "cuda":
@@ -156,14 +162,14 @@ class Arenas:
             seconds = 0.0
             message, fds = heard
             match message:
-                case {"kind": "arenas", "size": int() as size}:
-                    self._map(size, fds)
+                case {"kind": "arenas", "size": int() as size, "free": list() as free}:
+                    self._map(size, fds, free)
                 case {"kind": "no_arenas", "reason": str() as reason}:
                     self._asked, self.refused = False, reason
                 case {"kind": "free", "slot": int() as slot}:
                     self._free.append(slot)
 
-    def _map(self, size: int, fds: Sequence[int]) -> None:
+    def _map(self, size: int, fds: Sequence[int], free: Sequence[int]) -> None:
         arenas = [Arena(fd) for fd in fds]
         if self._plan is None or self._image is None or size != self._plan.size:
             for arena in arenas:  # of an earlier question
@@ -173,9 +179,8 @@ class Arenas:
             arena.touch()
             if self._device.type == "cuda":
                 _pin(arena)
-            arena.view[: len(self._image.header)] = self._image.header
         self._slots = tuple(_Slot(arena, _places(arena, self._image)) for arena in arenas)
-        self._free.extend(range(len(arenas)))
+        self._free.extend(free)
         self._asked = False
 
 

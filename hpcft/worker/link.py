@@ -87,6 +87,9 @@ class Link:
     def say_unreadable(self, detail: str) -> None:
         self._say({"kind": "unreadable", "detail": detail[:_TEXT_LIMIT]})
 
+    def say_forgotten(self, detail: str) -> None:
+        self._say({"kind": "forgotten", "detail": detail[:_TEXT_LIMIT]})
+
     def say_returned(self, step: Step) -> None:
         self._say({"kind": "returned", "step": step})
 

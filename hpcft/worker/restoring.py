@@ -11,8 +11,7 @@ that is one, which a new optimizer does not have yet. Everything else is read wh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,20 +43,25 @@ def put_back(directory: Path, objects: Mapping[str, Stateful], run: RunId | None
     CheckpointDamagedError, NotFoundError: it cannot be used, or is another run's. UnreadableError: not from here.
     RestoreError: it is one of other objects.
     """
-    with _readable(directory):
-        saved = SavedState.open(directory, run)
+    try:
+        return put_in(SavedState.open(directory, run), objects)
+    except OSError as error:
+        raise UnreadableError(directory, error) from error
+
+
+def put_in(saved: SavedState, objects: Mapping[str, Stateful]) -> Step:
+    """Load a state into the objects; returns its step. Errors as of `put_back`, and what the state's sources raise."""
     outline = saved.outline()
     own = outline.pop(OWN, None)
     if not isinstance(own, dict) or not isinstance(own.get("step"), int):
-        raise DamagedError(f"{directory.name} is no checkpoint of a run: it does not say at which step it was made")
-    _compare(f"{directory.name} and run.restore differ", outline, objects)
+        raise DamagedError(f"{saved.name} is no state of a run: it does not say at which step it was made")
+    _compare(f"{saved.name} and run.restore differ", outline, objects)
     for name, each in objects.items():
         if isinstance(each, nn.Module):
-            what = f"{directory.name}: {name} ({type(each).__name__}) has another shape than when it was saved"
+            what = f"{saved.name}: {name} ({type(each).__name__}) has another shape than when it was saved"
             _compare(what, outline[name], each.state_dict())
     boxes, layouts = _sharded(saved.index, objects)
-    with _readable(directory):
-        state = unflatten(replace(saved.read(boxes), layouts=layouts))
+    state = unflatten(replace(saved.read(boxes), layouts=layouts))
     for name, each in objects.items():
         try:
             each.load_state_dict(state.pop(name))  # what a model has copied is freed before the next one's turn
@@ -65,17 +69,9 @@ def put_back(directory: Path, objects: Mapping[str, Stateful], run: RunId | None
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise RestoreError(
-                f"{directory.name}: the state of {name} does not fit this {type(each).__name__}: {error}", _HINT
+                f"{saved.name}: the state of {name} does not fit this {type(each).__name__}: {error}", _HINT
             ) from error
     return Step(own["step"])
-
-
-@contextmanager
-def _readable(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UnreadableError(directory, error) from error
 
 
 def _sharded(

@@ -55,12 +55,14 @@ from hpcft.worker import group
 from hpcft.worker.alone import narrated
 from hpcft.worker.link import Link
 from hpcft.worker.randomness import Randomness
+from hpcft.worker.recalling import Forgotten, recall
 from hpcft.worker.replicas import Replica
-from hpcft.worker.restoring import put_back
+from hpcft.worker.restoring import put_back, put_in
 from hpcft.worker.saving import Saving, named
 from hpcft.worker.spec import (
     STATUS_DAMAGED,
     STATUS_FAILED,
+    STATUS_FORGOTTEN,
     STATUS_STOPPED,
     STATUS_UNREADABLE,
     WorkerSpec,
@@ -214,9 +216,13 @@ class Run:
         data = [each for each in found.values() if isinstance(each, Data)]
         if len(data) > 1:
             raise UsageError("run.restore was given more than one hpcft.data.Data", "a run trains on one of them")
-        if self._spec.restore is not None:
+        restore = self._spec.restore
+        if restore is not None:
             try:
-                self._step = put_back(self._spec.restore.directory, found, self._spec.run)
+                if restore.memory:
+                    self._step = put_in(recall(self._link, restore, self._spec.rank), found)
+                else:
+                    self._step = put_back(restore.directory, found, self._spec.run)
             except (CheckpointDamagedError, NotFoundError) as error:
                 raise Unusable(error.message) from error
             except UnreadableError as error:
@@ -378,7 +384,7 @@ class Run:
         """Find the next step, this one included, at which something is due."""
         step, every = self._step, self._spec.save_every
         cadence = _NEVER if not every else -(-step // every) * every
-        if cadence == self._saving.last or not cadence:
+        if cadence in (self._saving.last, self._saving.left_out) or not cadence:
             cadence += every or 0
         self._due = min(cadence, _NEVER if self._order is None else self._order.save_at_step)
 
@@ -417,6 +423,9 @@ class Run:
         """The training function has returned."""
         if not self._training:
             self._begin_training()
+        restore = self._spec.restore
+        if restore is not None and restore.memory and restore.step == self._step:
+            self._saving.last = None  # where it came from may never have become durable
         self._saving.save(Step(self._step), wait=True)
         self._enter(Phase.DONE)
         self._link.say_returned(Step(self._step))
@@ -508,6 +517,10 @@ def _train_for_agent(train: Callable[[Run], object], spec: WorkerSpec) -> None:
         print(f"hpcft: {error.__cause__}", file=sys.stderr)
         link.say_unreadable(str(error))
         _exit(STATUS_UNREADABLE)
+    except Forgotten as error:
+        print(f"hpcft: {error}", file=sys.stderr)
+        link.say_forgotten(str(error))
+        _exit(STATUS_FORGOTTEN)
     except BaseException as error:
         _fail(link, error)
     _leave_or_exit(0)

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -100,6 +101,8 @@ class Saving:
         self._data: Data | None = None
         self._ledger: LedgerWriter | None = None
         self.last: Step | None = None
+        self.left_out: Step | None = None
+        """The last step of which the save was left out, on all ranks."""
 
     def remember(self, objects: dict[str, Stateful], data: Data | None, ledger: LedgerWriter | None) -> None:
         """From now on the state is that of these. StateError: there is something in it that cannot be kept."""
@@ -138,17 +141,33 @@ class Saving:
         """
         if self._spec.run_directory is None or self.last == step:
             return
-        self.last = step
         self._link.slot.set_phase(Phase.CHECKPOINT)
+        if not wait and self._arenas is not None and not self._all_have_room(self._arenas):
+            self.left_out = step
+            self._link.say_skipped(step, "the copies of earlier saves are still being written")
+            return
+        self.last = step
         try:
-            self._save(step, wait or self._spec.waits)
+            self._save(step)
         except HpcftError as error:
             self._failed(step, error.message)
         except Exception as error:  # whatever it is must not end the training: it is an incident
             traceback.print_exc()
             self._failed(step, f"{type(error).__name__}: {error}")
 
-    def _save(self, step: Step, wait: bool) -> None:
+    def _all_have_room(self, arenas: Arenas) -> bool:
+        """Whether no rank would have to wait. All ranks ask at the same step: with the copies of some of them, nobody
+        could do anything."""
+        if self._spec.waits:
+            return True
+        room = arenas.has_room()
+        if self._spec.world_size > 1:
+            least = torch.tensor([int(room)])
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            room = bool(least.item())
+        return room
+
+    def _save(self, step: Step) -> None:
         began = time.monotonic()
         if not self._objects:
             raise UsageError("nothing was given to run.restore, so there is nothing to save")
@@ -156,20 +175,17 @@ class Saving:
             if isinstance(each, Optimizer):
                 _check_parts(name, each)
         flat = flatten(self._state(step))
-        if self._arenas is None or not self._copy(self._arenas, flat, step, wait, began):
+        if self._arenas is None or not self._copy(self._arenas, flat, step, began):
             self._write(flat, step)
 
-    def _copy(self, arenas: Arenas, flat: FlatState, step: Step, wait: bool, began: float) -> bool:
+    def _copy(self, arenas: Arenas, flat: FlatState, step: Step, began: float) -> bool:
         """False: there is no memory for it."""
         plan, image = self._plan(flat)
         try:
             arenas.prepare(plan, image)
-            slot = arenas.take(wait=wait)
+            slot = arenas.take()
         except NoArenas:
             return False
-        if slot is None:
-            self._link.say_skipped(step, "the copies of earlier saves are still being written")
-            return True
         ledger = None if self._ledger is None else str(self._ledger.path)
         words = words_of(self._spec.rank, flat, self._position())
         arenas.copy(slot, flat, self._later, began, {"step": step, "ledger": ledger}, words)

@@ -26,6 +26,7 @@ STATUS_FENCED = 113
 STATUS_DAMAGED = 114
 STATUS_STOPPED = 115
 STATUS_UNREADABLE = 116
+STATUS_FORGOTTEN = 117
 """Exit statuses of a worker, which the agent reads too; 0: the training function has returned."""
 
 
@@ -34,11 +35,21 @@ class SpecError(HpcftError):
 
 
 @dataclass(frozen=True, slots=True)
+class Holder:
+    """A node with the shares of these ranks of the world that made them; `source` is the first rank there now."""
+
+    ranks: range
+    source: Rank
+
+
+@dataclass(frozen=True, slots=True)
 class Restore:
-    """The checkpoint to start from."""
+    """The state to start from: a checkpoint, or what would be one, from memory."""
 
     step: Step
     directory: Path
+    memory: tuple[Holder, ...] = ()
+    """Who has it in memory. Empty: it is read from the directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +116,7 @@ class WorkerSpec:
                 store_prefix=str(spec["store_prefix"]),
                 address=str(spec["address"]),
                 group_timeout=float(spec["group_timeout"]),
-                restore=None if restore is None else Restore(Step(restore["step"]), Path(restore["directory"])),
+                restore=None if restore is None else _restore(restore),
                 seed=int(spec["seed"]),
                 save_every=spec["checkpoint"]["every_steps"],
                 copies=bool(spec["checkpoint"].get("copies", False)),
@@ -125,6 +136,13 @@ class WorkerSpec:
                 f"the worker's specification in {SPEC_VARIABLE} cannot be understood: {error!r}",
                 "agent and worker must come from the same installation of hpcft",
             ) from error
+
+
+def _restore(found: Mapping[str, Any]) -> Restore:
+    memory = tuple(
+        Holder(range(first, first + count), Rank(source)) for first, count, source in found.get("memory", ())
+    )
+    return Restore(Step(found["step"]), Path(found["directory"]), memory)
 
 
 _held: tuple[int, bytes] | None = None

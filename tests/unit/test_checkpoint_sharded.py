@@ -235,8 +235,9 @@ def test_a_rank_reads_only_what_it_needs_and_misses_only_that(tmp_path: Path) ->
             flat = flatten({"w": sharded(torch.arange(12.0), mesh, (Shard(0),))})
             name = checkpoint_name(Step(1), Generation(1))
             reports.append(save_share(tmp_path, name, NONCE, Rank(rank), 3, flat))
-    saved = SavedState.open(commit(tmp_path, reports, facts()).directory)
-    last = saved.directory / "shard-00002-of-00003.safetensors"
+    directory = commit(tmp_path, reports, facts()).directory
+    saved = SavedState.open(directory)
+    last = directory / "shard-00002-of-00003.safetensors"
     data = bytearray(last.read_bytes())
     data[-1] ^= 1
     last.write_bytes(data)

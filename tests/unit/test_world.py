@@ -98,7 +98,7 @@ def test_a_broken_collective_is_never_charged_and_gives_way_to_its_cause() -> No
 
 @pytest.mark.parametrize("kind", FailureKind)
 def test_every_kind_of_failure_has_its_budget(kind: FailureKind) -> None:
-    free = kind in (FailureKind.COLLECTIVE, FailureKind.DAMAGED)
+    free = kind in (FailureKind.COLLECTIVE, FailureKind.DAMAGED, FailureKind.FORGOTTEN)
     assert (budget_of(kind) is None) is free
 
 
