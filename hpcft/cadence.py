@@ -1,5 +1,9 @@
 """When to make a checkpoint. Pure: what was measured comes in, a step goes out.
 
+How often is a trade: a save costs time now, and a failure costs what was trained since the last one. `plan` weighs the
+two from what the run itself has seen, for `checkpoint.every = "auto"` and for people; `last_save` says how long the
+last save of a start may take.
+
 `Saving` is the leader's side of an ordered save. The order reaches the ranks at different times, and some perhaps not,
 while their connection is broken. For whom the step is over when it reads the order, it does not exist; whoever is to
 stop there saves and then waits at that step (`worker.run`). So the leader goes on telling until it is settled: the same
@@ -15,7 +19,7 @@ from statistics import median
 from typing import Final, NamedTuple
 
 from hpcft.ids import Generation, Step
-from hpcft.units import Cadence, EverySeconds
+from hpcft.units import Auto, Cadence, EverySeconds, EverySteps, Never, cadence_text, counted, human_duration
 from hpcft.world import Phase, World
 
 SAVE_LEAD_SECONDS = 0.6
@@ -24,6 +28,175 @@ REPEAT_SECONDS = 2.0
 """An order is told again after this long: a connection may just have been broken, or a rank may have been late."""
 LATEST_STEPS = 15
 """So many times are kept of the latest steps."""
+
+UNMEASURED_SECONDS = 60.0
+"""Nothing is known of what a save costs: the first one comes after this long, and is the measurement."""
+END_LEAD_SECONDS = 120.0
+"""So long before the time limit the last save begins where not enough was measured to reckon it."""
+MEASURED_SAVES = 3
+"""So many saves are enough for that."""
+MEDIAN_FACTOR = 2.0
+WORST_FACTOR = 1.25
+"""The last save is given so many times what a usual one took, or the worst one, whichever is longer."""
+
+
+# --- how often ---
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRules:
+    """What is configured. Seconds where not said otherwise."""
+
+    every: Cadence = Never()
+    mtbf: float = 21_600.0
+    """Mean time between failures that is expected of the whole job, before any was seen."""
+    shortest: float = 30.0
+    longest: float = 3_600.0
+    """Bounds of the interval that "auto" comes to."""
+
+
+def failure_rate(mtbf: float, failures: int, trained: float) -> float:
+    """Failures per second to be expected after `failures` in `trained` seconds of training.
+
+    Failures are taken for a Poisson process of constant rate, and what is expected beforehand for a Gamma prior of
+    shape 1 and rate `mtbf`: as if one failure had been seen in one `mtbf`. The posterior is Gamma(1 + failures,
+    mtbf + trained), and this is its mean (Gelman et al., Bayesian Data Analysis, 3rd ed., section 2.6). So a run
+    without failures believes its configuration first, and its own experience later; never that nothing can fail.
+    """
+    return (1 + failures) / (mtbf + trained)
+
+
+def best_interval(cost: float, mtbf: float) -> float:
+    """Seconds from the beginning of one save to that of the next that lose the least time.
+
+    For `cost` seconds of each save, and failures that come as a Poisson process, `mtbf` seconds apart on average.
+    Young (A first order approximation to the optimum checkpoint interval, CACM 17, 1974) gives √(2·cost·mtbf); this
+    is the higher order of Daly (A higher order estimate of the optimum checkpoint interval for restart dumps, FGCS
+    22, 2006), whose equation 37 leaves out the save itself. Where a save costs more than two mtbf, it is useless.
+    """
+    if cost >= 2 * mtbf:
+        return mtbf + cost
+    share = cost / (2 * mtbf)
+    return math.sqrt(2 * cost * mtbf) * (1 + math.sqrt(share) / 3 + share / 9)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How often is saved, and why. Seconds; None: not known yet."""
+
+    every: Cadence
+    interval: float | None
+    """From save to save."""
+    cost: float | None
+    """For which training stands still at each: the median of the latest saves."""
+    lag: float | None
+    """From the beginning of a save until it is durable, likewise."""
+    saves: int
+    """How many these are."""
+    failures: int
+    """Which interrupted training, of all starts."""
+    trained: float
+    """In so many seconds of training."""
+    rate: float
+    """Failures expected per second of training."""
+    saving: float | None
+    """Expected share of the time that saves take,"""
+    repeating: float | None
+    """and that training spends on steps which a failure had undone."""
+    reason: str
+
+    @property
+    def loss(self) -> float | None:
+        return None if self.saving is None or self.repeating is None else min(1.0, self.saving + self.repeating)
+
+
+def plan(rules: SaveRules, world: World, now: float) -> Plan:
+    """What "auto" comes to at present, or what a configured cadence costs.
+
+    Assumed: what a save takes and how often training fails is as it was, whatever number of nodes there was; the
+    latest saves, of which the median is taken, follow a change of the world within a few of them, the failures slowly.
+    A failure is worth the time trained since the last save began that became durable, wherever it strikes.
+    """
+    accounts = world.accounts(now)
+    trained = accounts.kept + accounts.repeated
+    failures = sum(incident.open or bool(incident.downtime) for incident in world.incidents)
+    rate = failure_rate(rules.mtbf, failures, trained)
+    cost = median(save.blocked for save in world.saves) if world.saves else None
+    lag = median(save.lag for save in world.saves) if world.saves else None
+    interval, bound = _interval(rules, cost, lag, rate, step_seconds(world, now))
+    saving = repeating = None
+    if interval is not None and cost is not None and lag is not None:
+        saving, repeating = cost / max(interval, cost), rate * (interval / 2 + lag)
+    reckoned = Plan(
+        rules.every, interval, cost, lag, len(world.saves), failures, trained, rate, saving, repeating, reason=""
+    )
+    return replace(reckoned, reason=_sentence(reckoned, rules, bound))
+
+
+def _interval(
+    rules: SaveRules, cost: float | None, lag: float | None, rate: float, step: float | None
+) -> tuple[float | None, str]:
+    """And what has bounded it."""
+    match rules.every:
+        case EverySeconds(seconds):
+            return seconds, ""
+        case EverySteps(steps):
+            return None if step is None else steps * step, ""
+        case Never():
+            return None, ""
+        case Auto():
+            pass
+    if cost is None or lag is None:
+        return min(max(UNMEASURED_SECONDS, rules.shortest), rules.longest), ""
+    best = best_interval(cost, 1 / rate)
+    interval = min(max(best, rules.shortest), rules.longest)
+    bound = ""
+    if interval != best:
+        which = "longest that checkpoint.every_max" if interval < best else "shortest that checkpoint.every_min"
+        bound = f", the {which} allows (best would be {human_duration(best)})"
+    if interval < lag:  # one after the other: else they would be in each other's way
+        return lag, f", for it takes {human_duration(lag)} until a save is durable"
+    return interval, bound
+
+
+def _sentence(plan: Plan, rules: SaveRules, bound: str) -> str:
+    auto = isinstance(plan.every, Auto)
+    how_often = f"every {human_duration(plan.interval)}" if auto and plan.interval else cadence_text(plan.every)
+    if isinstance(plan.every, Never):
+        return "no checkpoint is made before the end, as configured"
+    if not auto:
+        how_often = f"every {how_often}, as configured"
+    if plan.cost is None or plan.lag is None:
+        first = ": the first one shows it" if auto else ""
+        return f"{how_often}; what a save costs has not been measured yet{first}"
+    seen = f"{counted(plan.failures, 'failure')} in {human_duration(plan.trained)} of training"
+    numbers = (
+        f"a save stops training for {human_duration(plan.cost)} and is durable after {human_duration(plan.lag)} "
+        f"(median of {plan.saves}); {seen}, and one in {human_duration(rules.mtbf)} expected beforehand, make one in "
+        f"{human_duration(1 / plan.rate)}"
+    )
+    if plan.loss is None or plan.saving is None or plan.repeating is None:
+        return f"{how_often}: {numbers}"
+    return (
+        f"{how_often}{bound}: {numbers}; so {_share(plan.loss)} of the time is expected to be lost, "
+        f"{_share(plan.saving)} saving and {_share(plan.repeating)} repeating steps"
+    )
+
+
+def _share(part: float) -> str:
+    return f"{min(part, 1.0):.1%}" if part >= 0.001 else f"{part:.2%}"
+
+
+def in_force(rules: SaveRules, world: World, now: float) -> Cadence:
+    """What the leader keeps to: "auto" as the interval that it comes to at present."""
+    if not isinstance(rules.every, Auto):
+        return rules.every
+    interval = plan(rules, world, now).interval
+    assert interval is not None
+    return EverySeconds(interval)
+
+
+# --- which step ---
 
 
 def due(every: Cadence, world: World, now: float, last_save: float) -> bool:
@@ -49,6 +222,9 @@ class Pace:
     """When `step` was completed; None before that is known."""
     recent: tuple[float, ...] = ()
     """Seconds for a step, the latest last. Of fast steps many come at a time: then it is their mean."""
+    longest: float = 0.0
+    """Seconds of the longest step of the generation, with what the program does besides (it evaluates, say) and the
+    save in it, but without its first, in which programs are compiled. 0: there was none."""
 
     @property
     def seconds(self) -> float | None:
@@ -62,7 +238,9 @@ class Pace:
         if world.step == self.step:
             return self
         took = (now - self.since) / (world.step - self.step)
-        return Pace(self.generation, world.step, now, (*self.recent, took)[-LATEST_STEPS:])
+        # of several at a time, one may have taken all of it
+        longest = max(self.longest, now - self.since) if self.step > world.base_step else 0.0
+        return Pace(self.generation, world.step, now, (*self.recent, took)[-LATEST_STEPS:], longest)
 
 
 def meeting_step(world: World, pace: Pace, now: float, lead: float) -> Step:
@@ -139,8 +317,9 @@ class Saving:
         step, stop = self.order
         newest = world.restore.step if world.restore is not None else -1
         refused = world.save_failed[0] if world.save_failed is not None else -1
+        left_out = world.save_skipped[0] if world.save_skipped is not None else -1
         if not stop:
-            if newest >= step or refused >= step:
+            if max(newest, refused, left_out) >= step:
                 return replace(self, order=None), None  # the cadence has its next turn
             if waited and missed(world, step, stop=False) and not (settled(step) or world.taken(step)):
                 return self._told(self.ordered(world, pace, now, stop=False))
@@ -157,3 +336,34 @@ class Saving:
     @staticmethod
     def _told(saving: Saving) -> tuple[Saving, Order | None]:
         return saving, saving.order
+
+
+# --- the last save of a start ---
+
+
+@dataclass(frozen=True, slots=True)
+class LastSave:
+    """How many seconds the last save may take, from the order until it is durable, and how that was reckoned."""
+
+    seconds: float
+    why: str
+
+
+def last_save(world: World, pace: Pace, now: float) -> LastSave | None:
+    """None: too little was measured to say it.
+
+    It consists of the order, which may have to be repeated; of the rest of the step in progress, at most the longest
+    one that was seen; and of the save. A single one may be slower than any before: so it is given twice what a usual
+    one takes, or a quarter more than the worst.
+    """
+    saves = [save.lag for save in world.saves]
+    if len(saves) < MEASURED_SAVES or pace.generation != world.generation or not pace.longest or pace.since is None:
+        return None
+    usual, worst = median(saves), max(saves)
+    step = max(pace.longest, now - pace.since)
+    seconds = max(MEDIAN_FACTOR * usual, WORST_FACTOR * worst) + step + SAVE_LEAD_SECONDS + REPEAT_SECONDS
+    return LastSave(
+        seconds,
+        f"it may take {human_duration(seconds)}: of {len(saves)} saves the usual one took {human_duration(usual)} and "
+        f"the worst {human_duration(worst)}, and the longest step {human_duration(step)}",
+    )

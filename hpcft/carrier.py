@@ -7,7 +7,8 @@ them takes a second per GiB, and their memory is charged to the cgroup that the 
 
     agent -> carrier   {"do": "reserve", "size", "count"}
                        {"do": "seal", "size"} + [arena]
-                       {"do": "write", "root", "name", "nonce", "direct", "bandwidth", "position", "versions", "ledger"}
+                       {"do": "write", "root", "name", "nonce", "direct", "bandwidth", "position", "versions",
+                            "metrics", "ledger"}
                            + [arena, plan, digests, values?]
     carrier -> agent   {"written": bytes}, now and then
                        {"done": …} + the arenas, or the digests; or {"failed": reason}; once
@@ -32,6 +33,7 @@ import orjson
 
 from hpcft import durable
 from hpcft.checkpoint.arena import Arena, content_of, memory_file
+from hpcft.checkpoint.manifest import parse_metrics
 from hpcft.checkpoint.write import Plan, SaveError, Words, write_share
 from hpcft.process import die_with_parent
 
@@ -97,7 +99,8 @@ class Carrier:
         arena = self._arena(fds[0])
         plan = Plan.parse(content_of(fds[1]))
         sealed = tuple(orjson.loads(content_of(fds[2])))
-        words = Words(content_of(fds[3]) if len(fds) > 3 else None, job["position"], job["versions"])
+        metrics = parse_metrics(job["metrics"], "snapshot")
+        words = Words(content_of(fds[3]) if len(fds) > 3 else None, job["position"], job["versions"], metrics)
         image = arena.view[: plan.size]
         _sync_ledger(job["ledger"])
         began = time.monotonic()

@@ -6,7 +6,8 @@ a reason, once; training never waits for any of this.
 
 The last checkpoint of a start has seconds, so nothing that takes long happens on that thread. It decides what goes,
 and puts it into the trash: so what is deleted, and what is written, has one order. The trash is emptied, slowly, on a
-second thread, which touches nothing else. A third one reads what a rank found damaged.
+second thread, which touches nothing else. A third one reads what a rank found damaged, and a fourth, where that is
+asked for, what has just been committed: only the newest, so that a slow reading falls behind nobody's saves.
 
 Retention follows when the world has taken the checkpoint into its lineage: what is committed for a generation that is
 over by then (the thread was late) must not cost one that counts.
@@ -17,18 +18,19 @@ One node's word condemns no checkpoint: only what this node cannot verify either
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpcft.checkpoint import commit, read, retention
-from hpcft.checkpoint.layout import checkpoint_name, staging_name
+from hpcft import durable
+from hpcft.checkpoint import commit, marks, read, retention
+from hpcft.checkpoint.layout import CheckpointDamagedError, CheckpointEntry, Damage, checkpoint_name, staging_name
 from hpcft.checkpoint.manifest import ShardReport
-from hpcft.checkpoint.marks import pinned
 from hpcft.errors import HpcftError, NotFoundError
 from hpcft.events import (
     CheckpointCommitted,
@@ -38,6 +40,7 @@ from hpcft.events import (
     CheckpointRef,
     CheckpointSkipped,
     CheckpointsRetired,
+    CheckpointVerified,
     Event,
     Formation,
 )
@@ -52,6 +55,30 @@ class Retention:
     """The newest ones."""
     keep_every: int
     """And those of every so many steps; 0: none."""
+    keep_best: int = 0
+    """And so many with the best value of a metric that the program reports,"""
+    best_metric: str | None = None
+    best_mode: str = "min"
+    """the lowest, or the highest ("max")."""
+
+
+@dataclass(slots=True)
+class _Timing:
+    """Of one save, as the ranks have told it."""
+
+    began: float = math.inf
+    """When the first of them began, on this process's clock."""
+    blocked: float = 0.0
+
+    def told(self, timing: Mapping[str, Any], now: float) -> None:
+        blocked, took = (_seconds(timing.get(key)) for key in ("blocked", "took"))
+        self.blocked = max(self.blocked, blocked)
+        self.began = min(self.began, now - max(blocked, took))
+
+
+def _seconds(value: object) -> float:
+    known = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return float(value) if known else 0.0  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)
@@ -60,6 +87,7 @@ class _Saves:
 
     formation: Formation
     reports: dict[Step, dict[Rank, ShardReport]] = field(default_factory=dict)
+    timings: dict[Step, _Timing] = field(default_factory=dict)
     settled: set[Step] = field(default_factory=set)
     """Those of which the last word has been spoken: what is said of them again changes nothing."""
     superseded: set[Step] = field(default_factory=set)
@@ -78,7 +106,15 @@ class Commits:
     The methods belong to the event loop; `deliver` is called on a thread, with the event that came of a save.
     """
 
-    def __init__(self, root: Path, run: RunId, retained: Retention, deliver: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        run: RunId,
+        retained: Retention,
+        deliver: Callable[[Event], None],
+        *,
+        verify: bool = False,
+    ) -> None:
         self._root = root
         self._run = run
         self._retained = retained
@@ -88,10 +124,15 @@ class Commits:
         """Of the generation whose copies in memory the running one has started from: that state may become durable
         even now."""
         self._parent: str | None = None  # the committing thread's: the newest checkpoint of the lineage
+        self._values: dict[str, float | None] = {}  # the committing thread's: each checkpoint's metric, if it has it
+        self._valueless = False
+        self._to_verify: CheckpointRef | None = None
+        self._verified: CheckpointRef | None = None  # being read at present
         self._closed = threading.Event()
         self._committing = _Thread("hpcft-commit", root)
         self._emptying = _Thread("hpcft-trash", root)
         self._examining = _Thread("hpcft-examine", root)
+        self._verifying = _Thread("hpcft-verify", root) if verify else None
 
     def follow(self, formation: Formation) -> None:
         """From now on only this generation's saves count; what earlier ones left unfinished is cleaned up."""
@@ -114,8 +155,18 @@ class Commits:
             return origin
         return None
 
-    def reported(self, generation: Generation, step: Step, rank: Rank, report: Mapping[str, Any]) -> None:
-        """Rank `rank` has made its files of `step` durable. It may say so again, when a connection was lost."""
+    def reported(
+        self,
+        generation: Generation,
+        step: Step,
+        rank: Rank,
+        report: Mapping[str, Any],
+        timing: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Rank `rank` has made its files of `step` durable. It may say so again, when a connection was lost.
+
+        `timing`: `took` seconds after it began to save, for `blocked` of which it did not train; as far as it knows.
+        """
         saves = self._of(generation, step)
         if saves is None:
             return
@@ -126,9 +177,11 @@ class Commits:
         world_size = saves.formation.world_size
         reports = saves.reports.setdefault(step, {})
         reports[rank] = ShardReport.parse(report)
+        saves.timings.setdefault(step, _Timing()).told(timing or {}, time.monotonic())
         if len(reports) < world_size:
             return
         del saves.reports[step]
+        took = saves.timings.pop(step)
         saves.settled.add(step)
         for older in [each for each in saves.reports if each < step]:
             if older in saves.superseded:
@@ -141,7 +194,7 @@ class Commits:
             self._origin = None  # what has come of its state is durable now
             if restore is not None and restore.step not in origin.settled:
                 self._drop(origin, restore.step)
-        self._committing.put(lambda: self._commit(saves.formation, step, tuple(reports.values())))
+        self._committing.put(lambda: self._commit(saves.formation, step, tuple(reports.values()), took))
 
     def failed(self, generation: Generation, step: Step, rank: Rank, reason: str) -> None:
         """Rank `rank` could not write its files of `step`."""
@@ -167,6 +220,9 @@ class Commits:
 
     def retain(self, lineage: tuple[CheckpointRef, ...]) -> None:
         """The world's lineage has grown: what it no longer needs may go."""
+        if self._verifying is not None and lineage:
+            self._to_verify = lineage[-1]
+            self._verifying.put(self._verify)
         if (saves := self._saves) is not None:
             self._committing.put(lambda: self._retain(saves.formation, lineage))
 
@@ -185,6 +241,9 @@ class Commits:
         until = time.monotonic() + seconds
         self._committing.end(until)
         self._examining.end(time.monotonic())
+        if self._verifying is not None:
+            self._to_verify = None
+            self._verifying.end(time.monotonic())
         self._emptying.end(until)
         self._closed.set()
 
@@ -197,6 +256,7 @@ class Commits:
         saves.settled.add(step)
         saves.dropped.add(step)
         saves.reports.pop(step, None)
+        saves.timings.pop(step, None)
         self._committing.put(lambda: self._discard(saves.name(step), saves.formation.nonce))
 
     # --- on the committing thread ---
@@ -207,6 +267,7 @@ class Commits:
             self._parent = _name(restore) if restore is not None else None
         stale = retention.stale(self._root, formation.generation)
         self._put_into_trash(tuple(name for name in stale if name != spared))
+        self._values_of(read.entries(self._root))  # now, while nothing waits to be committed
 
     def _discard(self, name: str, nonce: str) -> None:
         retention.discard(self._root, name, nonce)
@@ -216,7 +277,7 @@ class Commits:
         retention.put_into_trash(self._root, names)
         self._emptying.put(self._empty_trash)
 
-    def _commit(self, formation: Formation, step: Step, reports: tuple[ShardReport, ...]) -> None:
+    def _commit(self, formation: Formation, step: Step, reports: tuple[ShardReport, ...], timing: _Timing) -> None:
         began = time.monotonic()
         facts = commit.Facts(run=self._run, term=formation.term, parent=self._parent, created=time.time())
         try:
@@ -228,24 +289,62 @@ class Commits:
         if done.latest_failure:
             log.warning("LATEST was not rewritten: %s", done.latest_failure)
         self._parent = done.name
-        checkpoint = CheckpointRef(step, formation.generation)
-        self._deliver(CheckpointCommitted(checkpoint, time.monotonic() - began, done.size))
+        metric = done.metrics.get(self._retained.best_metric or "")
+        self._values[done.name] = None if metric is None else metric.value
+        checkpoint, now = CheckpointRef(step, formation.generation), time.monotonic()
+        measured = (timing.blocked, now - timing.began) if timing.blocked else (0.0, 0.0)
+        self._deliver(CheckpointCommitted(checkpoint, now - began, done.size, *measured))
 
     def _retain(self, formation: Formation, lineage: tuple[CheckpointRef, ...]) -> None:
         entries = read.entries(self._root)
         live = frozenset(map(_name, lineage))
+        mine = [each for each in entries if each.name in live]
         saves = self._saves
-        restored = (each.restore for each in (formation, saves.formation if saves else None) if each is not None)
-        protected = pinned(self._root) | {_name(each) for each in restored if each is not None}
+        used = [each.restore for each in (formation, saves.formation if saves else None) if each is not None]
+        used += [self._to_verify, self._verified]
+        protected = marks.pinned(self._root) | {_name(each) for each in used if each is not None}
+        protected |= retention.newest(mine, marks.verified(self._root)) | self._best(mine)
         keep, keep_every = self._retained.keep, self._retained.keep_every or None
         retired = (
-            *retention.retire([each for each in entries if each.name in live], keep, keep_every, protected),
+            *retention.retire(mine, keep, keep_every, protected),
             *retention.retire_abandoned(entries, live, formation.generation, keep, keep_every, protected),
         )
         if retired:
             gone = tuple(CheckpointRef(each.step, each.generation) for each in entries if each.name in retired)
             self._deliver(CheckpointsRetired(gone))
             self._put_into_trash(retired)
+
+    def _best(self, entries: Sequence[CheckpointEntry]) -> frozenset[str]:
+        """With those of which it cannot be said at present."""
+        values, unknown = self._values_of(entries)
+        if self._retained.keep_best and len(entries) > self._retained.keep and not values and not self._valueless:
+            self._valueless = True
+            log.warning(
+                "checkpoint.keep_best keeps none: no checkpoint has %s; the program has to say it, run.report(%s=…)",
+                *2 * (self._retained.best_metric,),
+            )
+        return unknown | retention.best(entries, values, self._retained.keep_best, self._retained.best_mode)
+
+    def _values_of(self, entries: Sequence[CheckpointEntry]) -> tuple[dict[str, float], frozenset[str]]:
+        """The metric of each that has it, by name; and the names of those that could not be read."""
+        if not self._retained.keep_best:
+            return {}, frozenset()
+        unknown = set()
+        for entry in entries:
+            if entry.name in self._values:
+                continue
+            try:
+                manifest, _ = read.read_manifest(entry.directory)
+            except (NotFoundError, CheckpointDamagedError):
+                continue
+            except (OSError, HpcftError) as error:
+                unknown.add(entry.name)
+                log.warning("whether %s is among the best cannot be said: %s", entry.name, error)
+                continue
+            metric = manifest.metrics.get(self._retained.best_metric or "")
+            self._values[entry.name] = None if metric is None else metric.value
+        known = {entry.name: self._values.get(entry.name) for entry in entries}
+        return {name: value for name, value in known.items() if value is not None}, frozenset(unknown)
 
     # --- on the others ---
 
@@ -259,6 +358,29 @@ class Commits:
         if not self._closed.is_set():  # nobody has waited for it
             self._deliver(found)
 
+    def _verify(self) -> None:
+        """The newest one that nobody has read back yet. One that is wanted or being read is not retired."""
+        self._verified, self._to_verify = self._to_verify, None
+        checkpoint = self._verified
+        if checkpoint is None:
+            return  # a later one was committed while an earlier one was read, and that has been done
+        name = _name(checkpoint)
+        directory = self._root / name
+        try:
+            durable.forget_cached(directory)
+            damages = read.losses(directory, self._run)
+            if not damages:
+                marks.mark_verified(self._root, name)
+        except NotFoundError:
+            return  # retired by another leader, or set aside
+        except (OSError, HpcftError) as error:
+            log.warning("%s could not be read back: %s", name, error)
+            return
+        finally:
+            self._verified = None
+        if not self._closed.is_set():
+            self._deliver(CheckpointVerified(checkpoint, _first(damages)))
+
     def _examine(self, checkpoint: CheckpointRef, suspicion: str) -> CheckpointDamaged | CheckpointKept:
         directory = self._root / _name(checkpoint)
         try:
@@ -270,14 +392,18 @@ class Commits:
             return CheckpointKept(checkpoint, f"the leader cannot tell: {said}")
         if not damages:
             return CheckpointKept(checkpoint, "the leader has read all of it and finds it sound")
-        more = f"; {len(damages) - 1} more" if len(damages) > 1 else ""
-        detail = f"{damages[0]}{more}"
+        detail = _first(damages)
         try:
             if read.quarantine(directory, detail) is not None:
                 log.warning("%s is in quarantine: %s", directory.name, detail)
         except (OSError, HpcftError) as error:
             log.warning("%s is damaged and could not be set aside: %s", directory.name, error)
         return CheckpointDamaged(checkpoint, detail)
+
+
+def _first(damages: Sequence[Damage]) -> str:
+    more = f"; {len(damages) - 1} more" if len(damages) > 1 else ""
+    return f"{damages[0]}{more}" if damages else ""
 
 
 def _name(checkpoint: CheckpointRef) -> str:

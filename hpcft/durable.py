@@ -112,6 +112,19 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def forget_cached(directory: Path) -> None:
+    """Let this node drop what it holds of the files of `directory` in memory: what is read then comes from the disk.
+
+    What is not durable yet stays, and so does what a file system does not give up; then there is nothing to be done.
+    """
+    for path in directory.iterdir():
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
 def write_file(path: Path, chunks: Iterable[Buffer], mode: int = 0o644) -> Written:
     """Writes a new, large file and makes its bytes durable; its name is with the next `sync_directory`.
 

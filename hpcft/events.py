@@ -385,7 +385,21 @@ class SnapshotDropped:
 class CheckpointCommitted:
     checkpoint: CheckpointRef
     seconds: float
+    """The commit itself: manifest and rename."""
     size: int
+    blocked: float = 0.0
+    """For how long training stood still: the longest of the ranks' own words; 0: nobody has measured it."""
+    lag: float = 0.0
+    """From the moment the first rank began to save until the commit was durable, on the leader's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointVerified:
+    """The leader has read a committed checkpoint back, byte by byte."""
+
+    checkpoint: CheckpointRef
+    damage: str = ""
+    """What it found; empty: all of it is what was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,6 +448,8 @@ class TerminationAsked:
     why: Termination
     seconds_left: float
     """How long the workers may still take; the agents need a little time after them."""
+    detail: str = ""
+    """Why now, where that was reckoned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -570,6 +586,7 @@ Event: TypeAlias = (
     | SnapshotTaken
     | SnapshotDropped
     | CheckpointCommitted
+    | CheckpointVerified
     | CheckpointsRetired
     | CheckpointFailed
     | CheckpointSkipped

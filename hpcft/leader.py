@@ -77,7 +77,6 @@ from hpcft.renewal import Renewal
 from hpcft.rundir import RunDirectory
 from hpcft.store import Heartbeat, HeartbeatReader, StoreServer
 from hpcft.terms import TermRecord
-from hpcft.units import Cadence
 from hpcft.world import Phase, World, apply, takes_over
 
 log = logging.getLogger("hpcft.leader")
@@ -113,8 +112,8 @@ class Office:
     allocation: str
     nodes: tuple[NodeId, ...]
     checkpoints: CheckpointsFound
-    save_every: Cadence
-    end_lead: float
+    end_lead: float | None
+    """Seconds before the time limit at which the last save begins; None: as late as the measured ones allow."""
     leaderless: float
     """For how many seconds nobody has led."""
 
@@ -161,7 +160,7 @@ class Leader:
         self._meeting: tuple[Generation, StoreServer] | None = None
         self._saving = cadence.Saving(told_at=self.now())
         self._pace = cadence.Pace()
-        self._notices = Notices(control, office.end_lead, self.feed, self._spawn)
+        self._notices = Notices(control, office.end_lead, self.feed, self._spawn, self._last_save)
         self._requeueing: asyncio.Task[None] | None = None
         self._concluded: asyncio.Future[Verdict | SteppedDown] = self._loop.create_future()
         self._running: set[asyncio.Task[None]] = set()
@@ -368,8 +367,8 @@ class Leader:
         self.feed(event)
         self._reception.tell(event.node, order_message(Confirm(self._office.record.term, event.sequence)))
 
-    def shard_reported(self, generation: int, step: int, rank: int, report: Any) -> None:
-        self._commits.reported(Generation(generation), Step(step), Rank(rank), report)
+    def shard_reported(self, generation: int, step: int, rank: int, report: Any, timing: Message) -> None:
+        self._commits.reported(Generation(generation), Step(step), Rank(rank), report, timing)
 
     def save_skipped(self, generation: int, step: int, rank: int, reason: Any) -> None:
         self._commits.skipped(Generation(generation), Step(step), Rank(rank), str(reason))
@@ -482,8 +481,12 @@ class Leader:
         """Saves that are due by the clock, and whatever is still to be said of one that was ordered."""
         now, settled = self.now(), self._commits.settled
         self._pace = self._pace.seen(self.world, now)
-        saving, told = self._saving.next(self.world, self._pace, now, self._office.save_every, settled)
+        every = cadence.in_force(self._rules.saving, self.world, now)
+        saving, told = self._saving.next(self.world, self._pace, now, every, settled)
         self._stand_by(saving, told)
+
+    def _last_save(self) -> cadence.LastSave | None:
+        return cadence.last_save(self.world, self._pace, self.now())
 
     def _stand_by(self, saving: cadence.Saving, told: cadence.Order | None) -> None:
         """From now on this order stands; `told` goes out."""

@@ -26,6 +26,7 @@ import uvloop
 from hpcft import durable, journal, keeper
 from hpcft import status as status_view
 from hpcft.agent import Agent, Ended, Station
+from hpcft.cadence import SaveRules
 from hpcft.checkpoint import read as checkpoint_read
 from hpcft.checkpoint.layout import CheckpointDamagedError, CheckpointEntry, checkpoint_name, parse_name
 from hpcft.checkpoint.manifest import Manifest
@@ -55,6 +56,7 @@ from hpcft.slurm.environment import Allocation, from_environment, own_address
 from hpcft.snapshots import Answer, Run, SaveSettings, Snapshots
 from hpcft.store import forget_dns, quiet_torch
 from hpcft.terms import TermRecord
+from hpcft.units import Auto
 from hpcft.workers import LogLimits, PoolEvent, Workers
 from hpcft.world import Budget, World
 
@@ -128,7 +130,7 @@ def workers_of(config: Config, allocation: Allocation) -> int:
 
 
 def rules_of(config: Config) -> Rules:
-    recovery = config.recovery
+    recovery, saves = config.recovery, config.checkpoint
     return Rules(
         timing=timing_of(config),
         minimum_nodes=config.nodes.min,
@@ -145,6 +147,7 @@ def rules_of(config: Config) -> Rules:
         backoff_max=recovery.backoff_max,
         no_progress_generations=recovery.no_progress_generations,
         saves=config.job.command is None,
+        saving=SaveRules(saves.every, saves.mtbf, saves.every_min, saves.every_max),
         requeue=config.slurm.requeue,
     )
 
@@ -213,17 +216,17 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
             allocation=allocation.start,
             nodes=tuple(NodeId(each) for each in allocation.nodes),
             checkpoints=found,
-            save_every=config.checkpoint.every,
-            end_lead=config.slurm.end_lead,
+            end_lead=None if isinstance(config.slurm.end_lead, Auto) else config.slurm.end_lead,
             leaderless=leaderless,
         )
-        retained = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
+        saves = config.checkpoint
+        retained = Retention(saves.keep, saves.keep_every, saves.keep_best, saves.best_metric, saves.best_mode)
         return Leader(
             office,
             rules_of(config),
             replayed,
             control,
-            lambda deliver: Commits(directory.checkpoints, run, retained, deliver),
+            lambda deliver: Commits(directory.checkpoints, run, retained, deliver, verify=saves.verify),
             status_view.snapshot,
         )
 

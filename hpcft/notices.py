@@ -3,6 +3,10 @@
 SIGUSR1 is the warning ahead of the limit (`sbatch --signal`), SIGTERM the end, for whatever reason; Slurm is asked once
 which. The warning can be lost: where the job was submitted without it, or where it came before any agent could hear
 it. So the leader looks at the limit itself as well, later than the warning would have come.
+
+With `slurm.end_lead = "auto"` the warning is only news that there is a limit: the leader knows what saves and steps
+have taken, and begins the last one when the time that is left is what it may need (`cadence.last_save`). It looks at
+that again and again, for a slow save may move it, and asks Slurm once more before it acts: the limit may have moved.
 """
 
 from __future__ import annotations
@@ -13,8 +17,10 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
+from hpcft.cadence import END_LEAD_SECONDS, LastSave
 from hpcft.errors import HpcftError
 from hpcft.events import Termination, TerminationAsked
+from hpcft.units import human_duration
 
 log = logging.getLogger("hpcft.notices")
 
@@ -25,6 +31,10 @@ ENDING_SECONDS = 10.0
 UNWARNED_SHARE = 0.5
 """Of the lead that was asked for is left when the leader acts on the limit without having been warned."""
 
+WARNED_SECONDS = 300.0
+"""A warning with more than this left, or without a limit, is somebody's wish that the run leaves now."""
+LOOK_SECONDS = 5.0
+"""Between two looks at what the last save may take."""
 ASK_AGAIN_SECONDS = 30.0
 """After no answer. Where slurmctld does not answer it does not end a job either."""
 
@@ -50,14 +60,18 @@ class Notices:
     def __init__(
         self,
         control: JobControl,
-        end_lead: float,
+        end_lead: float | None,
         feed: Callable[[TerminationAsked], None],
         spawn: Callable[[Coroutine[Any, Any, None], str], object],
+        last_save: Callable[[], LastSave | None] = lambda: None,
     ) -> None:
+        """`end_lead`, in seconds; None: what `last_save` says, and END_LEAD_SECONDS as long as it says nothing."""
         self._control = control
         self._end_lead = end_lead
         self._feed = feed
         self._spawn = spawn
+        self._last_save = last_save
+        self._near = False
         self._signals: set[str] = set()
         self._kill_wait: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
@@ -73,6 +87,9 @@ class Notices:
     async def watch(self) -> None:
         """Runs until the limit is near. What signals mean is not said before it has begun."""
         self._kill_wait.set_result(await self._control.kill_wait())
+        if self._end_lead is None:
+            await self._wait_for_the_limit(None)
+            return
         latest = self._end_lead * UNWARNED_SHARE
         left: float | None = None
         pause: float | None = 0.0
@@ -97,13 +114,65 @@ class Notices:
 
     async def _ask_why(self, name: str, came: float) -> None:
         if name == "USR1":
+            near = self._end_lead is None
             try:
                 left = await self._control.seconds_left()
+                near = near and left is not None and left <= WARNED_SECONDS
             except HpcftError:
                 left = None
-            seconds = self._end_lead - (time.monotonic() - came) if left is None else left
+            lead = END_LEAD_SECONDS if self._end_lead is None else self._end_lead
+            seconds = lead - (time.monotonic() - came) if left is None else left
+            if near:
+                await self._wait_for_the_limit(time.monotonic() + seconds)
+                return
             self._feed(TerminationAsked(Termination.TIME_LIMIT, max(1.0, seconds - ENDING_SECONDS)))
             return
         saving = await self._kill_wait * SAVING_SHARE
         why = await self._control.why_terminated()
         self._feed(TerminationAsked(why, max(0.5, came + saving - time.monotonic())))
+
+    # --- the limit, by what was measured ---
+
+    async def _wait_for_the_limit(self, limit: float | None) -> None:
+        """Until the last save has to begin, and feed that. `limit` is when the job ends, as far as it is known
+        (monotonic); Slurm says it else, and is asked again before anything follows from it."""
+        warned = limit is not None
+        if limit is not None:
+            await self._come_near(limit)
+        while True:
+            try:
+                left = await self._control.seconds_left()
+            except HpcftError as error:
+                near = limit is not None and limit - time.monotonic() <= self._lead()[0]
+                if near and warned:
+                    break
+                pause = LOOK_SECONDS if near else ASK_AGAIN_SECONDS
+                log.info("the time limit is asked for again in %g s: %s", pause, error.message)
+                await asyncio.sleep(pause)
+                continue
+            if left is None:
+                return
+            limit = time.monotonic() + left
+            if left <= self._lead()[0]:
+                break
+            await self._come_near(limit)
+        assert limit is not None
+        if not self._near:
+            self._near = True
+            left = limit - time.monotonic()
+            self._feed(TerminationAsked(Termination.TIME_LIMIT, max(1.0, left - ENDING_SECONDS), self._lead()[1]))
+
+    async def _come_near(self, limit: float) -> None:
+        while True:
+            wait = limit - time.monotonic() - self._lead()[0]
+            if wait <= 0:
+                return
+            await asyncio.sleep(min(wait, LOOK_SECONDS))
+
+    def _lead(self) -> tuple[float, str]:
+        """How many seconds before the limit the last save has to begin, and why."""
+        reckoned = self._last_save()
+        if reckoned is None:
+            lead = human_duration(END_LEAD_SECONDS)
+            return END_LEAD_SECONDS, f"it begins {lead} before the limit, for too little is known of saves and steps"
+        return reckoned.seconds + ENDING_SECONDS, reckoned.why

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from hpcft.cadence import SaveRules
 from hpcft.errors import ExitCode
 from hpcft.events import (
     Action,
@@ -85,6 +86,8 @@ class Rules:
     requeue: bool = True
     stop_within: float = 60.0
     """How long an operator's stop waits for the last checkpoint."""
+    saving: SaveRules = SaveRules()
+    """Kept by the leader's loop; nothing is decided by it here."""
 
 
 def decide(world: World, rules: Rules, now: float) -> Decided:
@@ -481,9 +484,11 @@ def _termination(world: World, rules: Rules, now: float) -> Decided | None:
     """Leaving because Slurm or an operator says so: checkpoint if one can still be made, then go."""
     if world.stop_asked:
         reason, deadline = f"stopped by {world.stop_asked}", world.stop_asked_at + rules.stop_within
+        why_now = ""
     elif world.termination is not None:
         asked = world.termination
         reason, deadline = asked.why.value, world.termination_at + asked.seconds_left
+        why_now = f"; {asked.detail}" if asked.detail else ""
     else:
         return None
     formation = world.formation
@@ -491,7 +496,7 @@ def _termination(world: World, rules: Rules, now: float) -> Decided | None:
     if training and formation is not None and now < deadline:
         return Decided(
             (SaveAndStop(formation.generation),),
-            f"{reason}: a last checkpoint is made ({human_duration(deadline - now)} left for it)",
+            f"{reason}: a last checkpoint is made ({human_duration(deadline - now)} left for it{why_now})",
         )
     if world.phase is Phase.LEAVING and formation is not None:
         all_stopped = len(world.stopped | world.returned) == formation.world_size

@@ -177,9 +177,9 @@ class Ranks:
                 fds = fds[1:]
             case {"kind": "skipped", "step": step, "reason": reason}:
                 self._tell_save(rank.rank, {"skipped": {**about, "step": step, "reason": reason}})
-            case {"kind": "shard", "step": step, "report": report}:
+            case {"kind": "shard", "step": step, "report": report, **timing}:
                 self._snapshots.wrote(rank.rank, Step(step))
-                self._tell_save(rank.rank, {"shard": {**about, "step": step, "report": report}})
+                self._tell_save(rank.rank, {"shard": {**about, "step": step, "report": report, **timing}})
             case {"kind": "save_failed", "step": step, "reason": reason}:
                 self._tell_save(rank.rank, {"save_failed": {**about, "step": step, "reason": reason}})
             case {"kind": kind}:

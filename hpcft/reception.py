@@ -65,7 +65,8 @@ class Chair(Protocol):
 
     def heard(self, event: NodeHeard) -> None: ...
 
-    def shard_reported(self, generation: int, step: int, rank: int, report: Any) -> None: ...
+    def shard_reported(self, generation: int, step: int, rank: int, report: Any, timing: Message) -> None:
+        """`timing` may hold `blocked` and `took`, in seconds (see `worker.link`)."""
 
     def save_skipped(self, generation: int, step: int, rank: int, reason: Any) -> None: ...
 
@@ -148,10 +149,12 @@ class Reception:
                     self._chair.heard(event)
                 else:
                     self._chair.feed(event)
-            case {"shard": {"generation": generation, "step": step, "rank": rank, "report": report}}:
-                self._chair.shard_reported(generation, step, rank, report)
             case {"skipped": {"generation": generation, "step": step, "rank": rank, "reason": reason}}:
                 self._chair.save_skipped(generation, step, rank, reason)
+            case {"shard": {"generation": generation, "step": step, "rank": rank, "report": report, **timing}}:
+                self._chair.shard_reported(
+                    generation, step, rank, report, {str(key): value for key, value in timing.items()}
+                )
             case {"save_failed": {"generation": generation, "step": step, "rank": rank, "reason": reason}}:
                 self._chair.save_failed(generation, step, rank, reason)
             case {"signal": str(name), "age": int() | float() as age}:

@@ -100,7 +100,9 @@ class _Copy:
     digests: int | None = None
     """Memory file with the digests of its chunks; None: not sealed yet."""
     work: asyncio.Task[None] | None = None
+    made_at: float = field(default_factory=time.monotonic)
     since: float = 0.0
+    """When it began to be written."""
     written: int = 0
     heard_at: float = 0.0
 
@@ -389,6 +391,7 @@ class Snapshots:
             "bandwidth": None if bandwidth is None else bandwidth / max(1, len(self._shares)),
             "position": message["position"],
             "versions": message["versions"],
+            "metrics": message["metrics"],
             "ledger": message["ledger"],
         }
 
@@ -406,7 +409,9 @@ class Snapshots:
         else:
             copy.written = copy.size
             self._ways = self._ways.seen(direct, copy.size, done["seconds"])
-            self._tell(copy.rank, {"shard": {**about, "report": done["report"], "blocked": message["blocked"]}})
+            blocked = message["blocked"]
+            took = blocked + time.monotonic() - copy.made_at
+            self._tell(copy.rank, {"shard": {**about, "report": done["report"], "blocked": blocked, "took": took}})
         copy.work = None
         self._release(share, slot)
 

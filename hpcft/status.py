@@ -14,13 +14,13 @@ from typing import Any
 
 import orjson
 
-from hpcft.cadence import step_seconds
+from hpcft.cadence import plan, step_seconds
 from hpcft.errors import UnusableError
 from hpcft.events import Member, WorkerReport
 from hpcft.ids import Rank
 from hpcft.policy import Rules, silence
 from hpcft.rundir import STATUS_FRESH_SECONDS, RunDirectory
-from hpcft.units import counted, human_duration, human_size
+from hpcft.units import cadence_text, counted, human_duration, human_size
 from hpcft.world import Incident, Node, Phase, World
 
 SCHEMA = 1
@@ -77,6 +77,7 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
         "incidents": [_incident(incident) for incident in world.incidents],
         "checkpoints": [{"step": each.step, "generation": each.generation} for each in world.checkpoints],
         "saving": _saving(world),
+        "cadence": _cadence(world, rules, now) if rules.saves else None,
         # of a plain command's steps nothing is known, and so nothing of what it lost
         "goodput": world.goodput(now) if rules.saves else None,
         "seconds": asdict(world.accounts(now)) if rules.saves else None,
@@ -99,6 +100,22 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
             "exit_code": world.verdict.exit_code,
             "reason": world.verdict.reason,
         },
+    }
+
+
+def _cadence(world: World, rules: Rules, now: float) -> dict[str, Any]:
+    reckoned = plan(rules.saving, world, now)
+    return {
+        "every": cadence_text(reckoned.every),
+        "interval_seconds": reckoned.interval,
+        "blocked_seconds": reckoned.cost,
+        "durable_seconds": reckoned.lag,
+        "saves": reckoned.saves,
+        "failures": reckoned.failures,
+        "trained_seconds": reckoned.trained,
+        "failures_per_hour": reckoned.rate * 3600,
+        "expected_loss": reckoned.loss,
+        "reason": reckoned.reason,
     }
 
 
@@ -268,10 +285,20 @@ def _lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
         yield f"  goodput     {goodput(status)}"
         steps = [str(each["step"]) for each in status["checkpoints"]]
         yield f"  checkpoints {', '.join(steps[-6:]) or 'none yet'}{_saves(status)}"
+        yield from cadence_lines(status, width)
     budgets = [f"{each['cause']} {each['used']}/{each['limit']}" for each in status["budget"]]
     yield f"  budget      {', '.join(budgets)} used"
     yield from _node_lines(status, width)
     yield from _incident_lines(status, width)
+
+
+def cadence_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
+    """How often is saved, and why; nothing for a plain command, and where an earlier version's file does not say it."""
+    cadence = status.get("cadence")
+    if cadence is not None:
+        first, *rest = _wrapped(cadence["reason"], width, 14)
+        yield f"  saves       {first.lstrip()}"
+        yield from rest
 
 
 def goodput(status: Mapping[str, Any]) -> str:

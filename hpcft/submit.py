@@ -20,8 +20,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpcft.cadence import END_LEAD_SECONDS
 from hpcft.errors import BelowMinimumError, NotFoundError, UnusableError, UsageError
 from hpcft.ids import Step
+from hpcft.units import Auto
 
 if TYPE_CHECKING:
     from hpcft.config import Config
@@ -87,7 +89,8 @@ def prepare(
     _check_place(run.path)
     if from_step is not None:
         _check_checkpoint(run.checkpoints, Step(from_step))
-    own = [f"--job-name={config.run.name}", f"--signal=USR1@{math.ceil(config.slurm.end_lead)}"]
+    lead = END_LEAD_SECONDS if isinstance(config.slurm.end_lead, Auto) else config.slurm.end_lead
+    own = [f"--job-name={config.run.name}", f"--signal=USR1@{math.ceil(lead)}"]
     own.append("--requeue" if config.slurm.requeue else "--no-requeue")
     arguments = [str(config_file.absolute())]
     arguments += [word for each in sets for word in ("--set", each)]

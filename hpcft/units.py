@@ -185,6 +185,11 @@ class EverySeconds:
 
 
 @dataclass(frozen=True, slots=True)
+class Auto:
+    """As it follows from what the run measures."""
+
+
+@dataclass(frozen=True, slots=True)
 class Never:
     """Not at all."""
 
@@ -192,14 +197,16 @@ class Never:
 _STEPS = re.compile(r"([0-9]{1,18}) *steps?")
 
 
-def parse_cadence(value: object) -> EverySteps | EverySeconds | Never:
-    """One of "200 steps", a duration such as "60s", or "off". Raises ValueError with a sentence for the user."""
+def parse_cadence(value: object) -> EverySteps | EverySeconds | Auto | Never:
+    """One of "200 steps", a duration such as "60s", "auto" or "off". Raises ValueError with a sentence for the user."""
     if not isinstance(value, str):
         hint = f"; write '{value} steps' or '{value}s'" if _bare_number(value) else ""
         raise ValueError(f"{toml_text(value)} does not say how often{hint or _CADENCE_HINT}")
     text = value.strip()
     if text == "off":
         return Never()
+    if text == "auto":
+        return Auto()
     if found := _STEPS.fullmatch(text):
         if (steps := int(found[1])) == 0:
             raise ValueError("every 0 steps is not possible; write 'off' to have none")
@@ -215,18 +222,38 @@ def parse_cadence(value: object) -> EverySteps | EverySeconds | Never:
     return EverySeconds(seconds)
 
 
-_CADENCE_HINT = "; write '200 steps', '60s' or 'off'"
+_CADENCE_HINT = "; write '200 steps', '60s', 'auto' or 'off'"
 
 
-def cadence_text(cadence: EverySteps | EverySeconds | Never) -> str:
+def cadence_text(cadence: EverySteps | EverySeconds | Auto | Never) -> str:
     """The exact inverse of `parse_cadence`."""
     match cadence:
         case EverySteps(steps):
             return f"{steps} step" if steps == 1 else f"{steps} steps"
         case EverySeconds(seconds):
             return duration_text(seconds)
+        case Auto():
+            return "auto"
         case Never():
             return "off"
+
+
+def parse_lead(value: object) -> float | Auto:
+    """Seconds from a duration longer than "0s", or "auto". Raises ValueError with a sentence for the user."""
+    if isinstance(value, str) and value.strip() == "auto":
+        return Auto()
+    try:
+        seconds = parse_duration(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or 'auto'") from None
+    if seconds == 0:
+        raise ValueError("must be more than 0, or 'auto'")
+    return seconds
+
+
+def lead_text(lead: float | Auto) -> str:
+    """The exact inverse of `parse_lead`."""
+    return "auto" if isinstance(lead, Auto) else duration_text(lead)
 
 
 # --- as types of configuration keys ----------------------------------------------------------------------------
@@ -255,5 +282,10 @@ Duration: TypeAlias = Annotated[float, Written("duration", parse_duration, durat
 Size: TypeAlias = Annotated[int, Written("size", parse_size, size_text)]
 """Bytes."""
 
-Cadence: TypeAlias = Annotated[EverySteps | EverySeconds | Never, Written("how often", parse_cadence, cadence_text)]
+Cadence: TypeAlias = Annotated[
+    EverySteps | EverySeconds | Auto | Never, Written("how often", parse_cadence, cadence_text)
+]
 """How often something is done."""
+
+Lead: TypeAlias = Annotated[float | Auto, Written('duration or "auto"', parse_lead, lead_text)]
+"""How long before something else, in seconds."""

@@ -35,6 +35,7 @@ from hpcft.events import (
     CheckpointsFound,
     CheckpointSkipped,
     CheckpointsRetired,
+    CheckpointVerified,
     Commit,
     Conclude,
     Decided,
@@ -81,6 +82,10 @@ from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 UNWRITTEN = 100
 """How many generations a lost leader may have formed, at most, that its journal does not show: the run directory was
 not answering. Their numbers are skipped, for files carry them."""
+
+
+LATEST_SAVES = 15
+"""So many saves are remembered with what they took."""
 
 
 class Phase(StrEnum):
@@ -176,6 +181,14 @@ class Strike:
 
     node: NodeId
     at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """What a save took, in seconds: see CheckpointCommitted."""
+
+    blocked: float
+    lag: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +297,10 @@ class World:
     """The lineage, oldest first."""
     saved: CheckpointRef | None = None
     """The newest that has ever been in the lineage: with one, the run never starts from the beginning again."""
+    verified: CheckpointRef | None = None
+    """The newest that was read back after its commit, and found to be what was written."""
+    saves: tuple[Save, ...] = ()
+    """Of the latest saves that were measured, the newest last."""
     asked: CheckpointRef | None = None
     """The checkpoint that an operator named to start from."""
     incidents: tuple[Incident, ...] = ()
@@ -441,6 +458,8 @@ def apply(world: World, event: Event, now: float) -> World:
             return replace(world, stopped=world.stopped | {event.rank})
         case CheckpointCommitted():
             return _commit_checkpoint(world, event)
+        case CheckpointVerified():
+            return _verify_checkpoint(world, event, now)
         case CheckpointsRetired():
             left = tuple(each for each in world.checkpoints if each not in event.checkpoints)
             return replace(world, checkpoints=left)
@@ -505,6 +524,8 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
         previous_term=world.previous_term,
         checkpoints=world.checkpoints,
         saved=world.saved,
+        verified=world.verified,
+        saves=world.saves,
         incidents=world.incidents,
         spent=() if anew and gave_up else world.spent,
         strikes=world.strikes,
@@ -818,7 +839,20 @@ def _commit_checkpoint(world: World, event: CheckpointCommitted) -> World:
     started_from = formation is not None and formation.memory and formation.restore == event.checkpoint
     if not started_from and not _current(world, event.checkpoint.generation):
         return world  # a straggler of a generation that has been rolled back: not of this lineage
-    return replace(world, checkpoints=(*world.checkpoints, event.checkpoint), saved=event.checkpoint)
+    saves = world.saves
+    if event.blocked > 0 or event.lag > 0:
+        saves = (*saves, Save(event.blocked, event.lag))[-LATEST_SAVES:]
+    return replace(world, checkpoints=(*world.checkpoints, event.checkpoint), saved=event.checkpoint, saves=saves)
+
+
+def _verify_checkpoint(world: World, event: CheckpointVerified, now: float) -> World:
+    if event.checkpoint not in world.checkpoints:
+        return world
+    if not event.damage:
+        return replace(world, verified=event.checkpoint)
+    what = f"the checkpoint of step {event.checkpoint.step} does not read back as it was written: {event.damage}"
+    # one node's word condemns none: it is set aside when another has found the same, at a restart
+    return _note(world, "checkpoint damaged", what, "training goes on; the newest verified checkpoint is kept", now)
 
 
 def _fail_checkpoint(world: World, event: CheckpointFailed, now: float) -> World:

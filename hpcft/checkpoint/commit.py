@@ -23,7 +23,7 @@ from pathlib import Path
 
 from hpcft import durable
 from hpcft.checkpoint.layout import LATEST, MANIFEST, parse_name, seal, sidecar_name, staging_name
-from hpcft.checkpoint.manifest import Manifest, ShardReport, Sidecar
+from hpcft.checkpoint.manifest import Manifest, Metric, ShardReport, Sidecar
 from hpcft.checkpoint.read import read_latest, read_manifest
 from hpcft.errors import DamagedError, NotFoundError, UnusableError
 from hpcft.ids import RunId, Term
@@ -55,6 +55,7 @@ class Committed:
     """Bytes, the manifest not counted."""
     digest: str
     """Of the manifest."""
+    metrics: Mapping[str, Metric]
     latest_failure: str = ""
     """Why `LATEST` could not be rewritten, which costs nothing but the hint."""
 
@@ -84,7 +85,7 @@ def commit(root: Path, reports: Sequence[ShardReport], facts: Facts) -> Committe
             f"{name} could not be committed, {step}: {error.strerror or error} ({error.filename or root})",
             "the older checkpoints are untouched; look at free space, quota and permissions",
         ) from error
-    return Committed(name, target, manifest.size, digest, _point_latest(root, manifest, digest))
+    return Committed(name, target, manifest.size, digest, manifest.metrics, _point_latest(root, manifest, digest))
 
 
 def _agreed(reports: Sequence[ShardReport]) -> tuple[str, str]:
@@ -157,6 +158,7 @@ def _join(staging: Path, reports: Sequence[ShardReport], facts: Facts) -> Manife
         position=sidecars[0].position,
         versions=sidecars[0].versions,
         files=tuple(entry for sidecar in sidecars for entry in sidecar.files),
+        metrics=sidecars[0].metrics,
     )
     if flaw := manifest.flaw():
         raise CommitError(f"{first.name} cannot be committed: {flaw}")

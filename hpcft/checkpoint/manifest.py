@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -52,18 +52,28 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Metric:
+    """A number that the program has reported of its training, and the step after which it did."""
+
+    value: float
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
 class Sidecar:
-    """What one rank wrote. `position` and `versions` come from rank 0."""
+    """What one rank wrote. `position`, `versions` and `metrics` come from rank 0."""
 
     files: tuple[FileEntry, ...]
     position: Mapping[str, Any] | None
     versions: Mapping[str, str]
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         body = {
             "files": [_file_to_json(entry) for entry in self.files],
             "position": self.position,
             "versions": self.versions,
+            "metrics": metrics_to_json(self.metrics),
         }
         return seal("sidecar", body)
 
@@ -72,7 +82,12 @@ class Sidecar:
         """ValueError: not a sidecar, or not as it was written."""
         body, _ = unseal("sidecar", data)
         fields = Fields(body, "sidecar")
-        return cls(fields.each("files", _parse_file), fields.optional_table("position"), fields.named("versions"))
+        return cls(
+            fields.each("files", _parse_file),
+            fields.optional_table("position"),
+            fields.named("versions"),
+            parse_metrics(fields.optional_table("metrics"), "sidecar"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +154,8 @@ class Manifest:
     """Data position, the same that is in the state."""
     versions: Mapping[str, str]
     files: tuple[FileEntry, ...]
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """What the program has reported since the checkpoint before; by name."""
 
     @property
     def name(self) -> str:
@@ -171,6 +188,7 @@ class Manifest:
             "parent": self.parent,
             "created": self.created,
             "position": self.position,
+            "metrics": metrics_to_json(self.metrics),
             "versions": self.versions,
             "coverage": {
                 "index": self.index,
@@ -207,6 +225,7 @@ class Manifest:
             position=fields.optional_table("position"),
             versions=fields.named("versions"),
             files=fields.each("files", _parse_file),
+            metrics=parse_metrics(fields.optional_table("metrics"), "manifest"),
         )
         if flaw := manifest.flaw():
             raise fields.refuse(flaw)
@@ -231,6 +250,19 @@ class Manifest:
 def _parse_mesh(fields: Fields) -> Mapping[str, int]:
     mesh = Fields(fields.table("mesh"), "manifest.mesh")
     return {name: mesh.whole(name, 1) for name in fields.table("mesh")}
+
+
+def metrics_to_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    return {name: {"value": metric.value, "step": metric.step} for name, metric in metrics.items()}
+
+
+def parse_metrics(table: Mapping[str, Any] | None, where: str) -> Mapping[str, Metric]:
+    """The inverse; None: none, as earlier versions have it. MalformedError: not metrics."""
+    found = {}
+    for name, value in (table or {}).items():
+        metric = Fields(value, f"{where}.metrics.{name}")
+        found[name] = Metric(metric.number("value"), Step(metric.whole("step")))
+    return found
 
 
 def _file_to_json(entry: FileEntry) -> dict[str, Any]:

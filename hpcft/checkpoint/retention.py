@@ -8,7 +8,7 @@ one left, so a crash costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
@@ -27,8 +27,9 @@ def retire(
     """Names of the checkpoints of a lineage that need not be kept, oldest first.
 
     Kept are the `keep` committed last (at least one, whatever was asked), those of every `keep_every` steps, and
-    the `protected`: pinned, or restored from. Last means generation first, then step: after a restart from
-    an earlier step the abandoned branch has the higher steps, and the live one must not lose its place to it.
+    the `protected`: pinned, restored from, the best ones, the newest verified one. Last means generation first, then
+    step: after a restart from an earlier step the abandoned branch has the higher steps, and the live one must not
+    lose its place to it.
     """
     ordered = sorted(entries, key=lambda entry: (entry.generation, entry.step))
     kept = {entry.name for entry in ordered[-max(keep, 1) :]} | protected
@@ -37,6 +38,23 @@ def retire(
         milestones: dict[Step, str] = {e.step: e.name for e in ordered if e.step % keep_every == 0}
         kept |= set(milestones.values())
     return tuple(entry.name for entry in ordered if entry.name not in kept)
+
+
+def best(entries: Sequence[CheckpointEntry], values: Mapping[str, float], count: int, mode: str) -> frozenset[str]:
+    """Names of the `count` checkpoints with the lowest (mode "min") or highest ("max") value.
+
+    `values` is by name; who has none does not compete. Of equal ones the newer counts as better.
+    """
+    sign = 1.0 if mode == "max" else -1.0
+    competing = [entry for entry in entries if entry.name in values]
+    ranked = sorted(competing, key=lambda entry: (sign * values[entry.name], entry.generation, entry.step))
+    return frozenset(entry.name for entry in ranked[len(ranked) - min(count, len(ranked)) :])
+
+
+def newest(entries: Sequence[CheckpointEntry], names: AbstractSet[str]) -> frozenset[str]:
+    """The name of that one of `names` which was committed last; empty where none of them is there."""
+    there = [entry for entry in entries if entry.name in names]
+    return frozenset({max(there, key=lambda entry: (entry.generation, entry.step)).name} if there else ())
 
 
 def retire_abandoned(

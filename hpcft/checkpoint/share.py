@@ -23,7 +23,7 @@ from hpcft import durable
 from hpcft.checkpoint.boxes import Box
 from hpcft.checkpoint.image import Image, lay_out
 from hpcft.checkpoint.layout import FORMAT
-from hpcft.checkpoint.manifest import ShardReport
+from hpcft.checkpoint.manifest import Metric, ShardReport
 from hpcft.checkpoint.pieces import CUT_BYTES, TensorShape, index_digest, owed
 from hpcft.checkpoint.tree import FlatState
 from hpcft.checkpoint.write import Plan, Words, write_share
@@ -43,16 +43,17 @@ def save_share(
     *,
     pinned: AbstractSet[str] = frozenset(),
     position: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     cut_above: int = CUT_BYTES,
 ) -> ShardReport:
     """Writes what `rank` owes to the checkpoint `name` without a copy in memory, all of it durable on return.
 
     `flat` is the whole state, the same on every rank but for the parts of sharded tensors; `pinned` are the tensors
-    that count on rank 0 alone, such as buffers. `position` is the data position, taken from rank 0. SaveError:
-    nothing of it counts; the next save has another name.
+    that count on rank 0 alone, such as buffers. `position` is the data position, `metrics` what the program has
+    reported; both are taken from rank 0. SaveError: nothing of it counts; the next save has another name.
     """
     plan, image = plan_share(flat.index(), flat.boxes, rank, world_size, pinned, cut_above)
-    words = words_of(rank, flat, position)
+    words = words_of(rank, flat, position, metrics)
     return write_share(root, name, nonce, plan, words, lambda path: durable.write_file(path, content(flat, image)))
 
 
@@ -76,7 +77,9 @@ def content(flat: FlatState, image: Image) -> Iterator[durable.Buffer]:
         yield from _bytes(flat.part(placed.piece))
 
 
-def words_of(rank: Rank, flat: FlatState, position: Mapping[str, Any] | None) -> Words:
+def words_of(
+    rank: Rank, flat: FlatState, position: Mapping[str, Any] | None, metrics: Mapping[str, Metric] | None = None
+) -> Words:
     """What `rank` says beside its tensors."""
     if rank != 0:
         return Words()
@@ -86,7 +89,7 @@ def words_of(rank: Rank, flat: FlatState, position: Mapping[str, Any] | None) ->
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
-    return Words(orjson.dumps({"format": FORMAT, "state": flat.values}), position, versions)
+    return Words(orjson.dumps({"format": FORMAT, "state": flat.values}), position, versions, metrics)
 
 
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:

@@ -17,7 +17,7 @@ from hpcft import durable
 from hpcft.checkpoint.fields import Fields
 from hpcft.checkpoint.image import Placed
 from hpcft.checkpoint.layout import STATE, seal, shard_name, sidecar_name, staging_name, unseal
-from hpcft.checkpoint.manifest import FileEntry, ShardReport, Sidecar, parse_placed, placed_to_json
+from hpcft.checkpoint.manifest import FileEntry, Metric, ShardReport, Sidecar, parse_placed, placed_to_json
 from hpcft.errors import UnusableError
 from hpcft.ids import Rank
 
@@ -73,6 +73,7 @@ class Words:
     """Content of `state.json`."""
     position: Mapping[str, Any] | None = None
     versions: Mapping[str, str] | None = None
+    metrics: Mapping[str, Metric] | None = None
 
 
 Store = Callable[[Path], durable.Written]
@@ -96,7 +97,7 @@ def write_share(root: Path, name: str, nonce: str, plan: Plan, words: Words, sto
         if words.values is not None:
             written = durable.write_file(staging / STATE, [words.values])
             files.insert(0, FileEntry(STATE, written.size, written.digests))
-        sidecar = Sidecar(tuple(files), words.position, words.versions or {}).to_bytes()
+        sidecar = Sidecar(tuple(files), words.position, words.versions or {}, words.metrics or {}).to_bytes()
         durable.write_file(staging / sidecar_name(rank, world_size), [sidecar])
     except OSError as error:
         why = f"{error.strerror or error} ({error.filename or staging})"

@@ -18,9 +18,11 @@ from pydantic.fields import FieldInfo
 
 from hpcft.config.checking import ConfigError, Contradiction, Mistake, check
 from hpcft.units import (
+    Auto,
     Cadence,
     Duration,
     EverySteps,
+    Lead,
     Size,
     Written,
     duration_text,
@@ -45,6 +47,12 @@ def _dotted_name(value: str) -> str:
 def _module_name(value: str) -> str:
     if not all(part.isidentifier() for part in value.split(".")):
         raise ValueError(f"{value!r} is not the dotted name of a module, such as 'mypackage.train'")
+    return value
+
+
+def _metric_name(value: str) -> str:
+    if not value.isidentifier():
+        raise ValueError(f"{value!r} cannot be reported: `run.report` takes names such as val_loss")
     return value
 
 
@@ -213,8 +221,25 @@ class CheckpointSection(_Section):
 
     every: Cadence = Field(
         EverySteps(200),
-        description='How often: `"200 steps"`, `"60s"`, or `"off"`. What a failure costs is half of this on '
-        "average; what it costs without failures is the time of one save, this often.",
+        description='How often: `"200 steps"`, `"60s"`, `"auto"` or `"off"`. What a failure costs is half of this on '
+        "average; what it costs without failures is the time of one save, this often. `auto` weighs the two by what "
+        "saves have taken and how often training has failed; `hpcft status` shows with which numbers.",
+    )
+    every_min: Duration = Field(
+        parse_duration("30s"),
+        gt=0,
+        description="What `auto` does not go below. Raise it to spare the file system.",
+    )
+    every_max: Duration = Field(
+        parse_duration("1h"),
+        gt=0,
+        description="What `auto` does not go beyond, however rarely the run fails; not below `checkpoint.every_min`.",
+    )
+    mtbf: Duration = Field(
+        parse_duration("6h"),
+        gt=0,
+        description="Mean time between failures of the whole job as you expect it: it counts in `auto` like one "
+        "failure seen in this time, beside those that do happen. Lower it for many nodes, raise it for few.",
     )
     mode: Literal["async", "sync"] = Field(
         "async",
@@ -259,6 +284,39 @@ class CheckpointSection(_Section):
         description="Checkpoints whose step divides by this are kept for good; 0: none. Set it to look back at "
         "the course of a training.",
     )
+    keep_best: int = Field(
+        0,
+        ge=0,
+        description="Of those with the best values of `checkpoint.best_metric` so many are kept, too; 0: none. Set it "
+        "where the last model is not the one that you want.",
+    )
+    best_metric: Annotated[str, AfterValidator(_metric_name)] | None = Field(
+        None,
+        description='Name of the number that says which are the best, such as `"val_loss"`. The program tells it: '
+        "`run.report(val_loss=…)`; each value belongs to the next checkpoint.",
+    )
+    best_mode: Literal["min", "max"] = Field(
+        "min", description='Whether the lowest (`"min"`) or the highest values (`"max"`) are the best.'
+    )
+    verify: bool = Field(
+        False,
+        description="Whether the leader's node reads checkpoints back after their commit, the newest whenever it has "
+        "read the one before. The newest that is found sound is never retired. Turn it on where you do not trust "
+        "the storage: it costs as much reading as there is writing.",
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        wrong = []
+        if self.every_max < self.every_min:
+            shortest, longest = duration_text(self.every_min), duration_text(self.every_max)
+            wrong.append(("every_max", f"must not be below checkpoint.every_min ({shortest}); it is {longest}"))
+        if self.keep_best and self.best_metric is None:
+            reason = "is needed by checkpoint.keep_best: the name under which the program reports the number"
+            wrong.append(("best_metric", reason))
+        if wrong:
+            raise Contradiction(*wrong)
+        return self
 
 
 class DataSection(_Section):
@@ -355,11 +413,11 @@ class SlurmSection(_Section):
         description="Whether the run gives its job back to the queue when it cannot go on in this allocation; else "
         "it stops. Turn it off where something else resubmits jobs.",
     )
-    end_lead: Duration = Field(
-        parse_duration("120s"),
-        gt=0,
-        description="How long before the time limit the last checkpoint begins. Longer than a checkpoint and the "
-        "longest step take together; Slurm's warning may come up to 60 s early.",
+    end_lead: Lead = Field(
+        Auto(),
+        description="How long before the time limit the last checkpoint begins. `auto`: as late as what saves and "
+        "steps have taken allows, with a margin; two minutes before that is known. A duration: longer than a "
+        "checkpoint and the longest step take together; Slurm's warning may come up to 60 s early.",
     )
     command_timeout: Duration = Field(
         parse_duration("10s"),

@@ -49,7 +49,7 @@ nearest valid key. Nothing is started before they are gone; the exit code is 2.
 |---|---|
 | duration | number and unit in quotes: `"500ms"`, `"30s"`, `"5m"`, `"2h"`, `"1d"`, `"1.5h"` |
 | size | number and unit in quotes: `"16MiB"`, `"1GiB"` (powers of 1024), `"4MB"` (powers of 1000), `"512B"` |
-| how often | `"200 steps"`, a duration such as `"60s"`, or `"off"` |
+| how often | `"200 steps"`, a duration such as `"60s"`, `"auto"` or `"off"` |
 | path | text; `~` is the home directory; the key says what a relative one is relative to |
 
 Each node reads the file once, when a start of the run begins, and hands it to its agents and workers: editing it

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hpcft.checkpoint.arena import Arena, memory_file
 from hpcft.checkpoint.image import Image
+from hpcft.checkpoint.manifest import metrics_to_json
 from hpcft.checkpoint.pieces import Piece
 from hpcft.checkpoint.tree import DTYPES, FlatState
 from hpcft.checkpoint.write import Plan, Words
@@ -118,7 +119,7 @@ class Arenas:
 
         def say(blocked: float) -> None:
             values = None if words.values is None else memory_file("hpcft-values", words.values)
-            own = {"slot": slot, "size": plan.size, "blocked": blocked}
+            own = {"slot": slot, "size": plan.size, "blocked": blocked, "metrics": metrics_to_json(words.metrics or {})}
             said = {**own, "position": words.position, "versions": words.versions, **about}
             self._link.say_snapshot(said, values)
 

@@ -74,9 +74,10 @@ class Link:
         """This rank takes no part in the save of `step`."""
         self._say({"kind": "skipped", "step": step, "reason": reason[:_TEXT_LIMIT]})
 
-    def say_shard(self, step: Step, report: ShardReport) -> None:
-        """This rank's files of the checkpoint are durable."""
-        self._say({"kind": "shard", "step": step, "report": report.to_json()})
+    def say_shard(self, step: Step, report: ShardReport, blocked: float = 0.0, took: float = 0.0) -> None:
+        """This rank's files of the checkpoint are durable: `took` seconds after it began to save, for `blocked` of
+        which training stood still; 0: not measured."""
+        self._say({"kind": "shard", "step": step, "report": report.to_json(), "blocked": blocked, "took": took})
 
     def say_save_failed(self, step: Step, reason: str) -> None:
         self._say({"kind": "save_failed", "step": step, "reason": reason[:_TEXT_LIMIT]})

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpcft.checkpoint.layout import CheckpointDamagedError, parse_name
+from hpcft.checkpoint.manifest import Metric
 from hpcft.checkpoint.read import UnreadableError
 from hpcft.data.batches import MicroBatch
 from hpcft.data.ledger import LedgerWriter, ledger_path
@@ -79,6 +80,9 @@ _LOSS_SECONDS = 1.0
 
 _HOLD_SECONDS = 0.01
 """Between two looks for the leader's word, by a rank that has saved last."""
+
+_METRICS = 64
+"""They travel in a message of limited size, with names no longer than so many characters."""
 
 _PHASES = {"eval": Phase.EVAL, "compile": Phase.COMPILE, "checkpoint": Phase.CHECKPOINT}
 
@@ -346,6 +350,25 @@ class Run:
         self._randomness.seed(step)
         return True
 
+    def report(self, **metrics: Tensor | float) -> None:
+        """Say how good the training is, `run.report(val_loss=1.23)`: finite numbers, under names of your own.
+
+        Each goes into the next checkpoint's manifest, with the step after which it was reported; of several under one
+        name the last. `checkpoint.keep_best` keeps checkpoints by them, and `hpcft ckpt ls` shows them. Rank 0's count;
+        all ranks may call it. A number on a GPU is waited for.
+
+        UsageError: something that is not one finite number, or more than 64 names of 64 characters: then nothing of
+        this call counts.
+        """
+        found = {name: Metric(_number(name, value), Step(self._step)) for name, value in metrics.items()}
+        known = self._saving.metrics | found
+        if len(known) > _METRICS or any(len(name) > _METRICS for name in found):
+            raise UsageError(
+                f"run.report takes {_METRICS} names of up to {_METRICS} characters between two checkpoints",
+                "report what you choose checkpoints by; what else there is belongs into a log of your own",
+            )
+        self._saving.metrics = known
+
     def done(self, steps: int) -> bool:
         """Whether the run has completed so many steps."""
         return self._step >= steps
@@ -464,6 +487,18 @@ class _Loss:
             self._taken = self._sum / self._weight
             self._sum = self._weight = 0.0
         return self._taken
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 else f"a tensor of shape {tuple(value.shape)}"
+    try:
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"run.report({name}=…): {value!r:.80} is not a finite number", "report one, or leave it out")
+    return number
 
 
 def _clip(optimizer: Optimizer, norm: float) -> None:

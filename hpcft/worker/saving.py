@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from hpcft.checkpoint.boxes import Box
 from hpcft.checkpoint.image import Image
 from hpcft.checkpoint.layout import checkpoint_name
+from hpcft.checkpoint.manifest import Metric
 from hpcft.checkpoint.pieces import TensorShape
 from hpcft.checkpoint.sharding import is_sharded, split
 from hpcft.checkpoint.share import plan_share, save_share, words_of
@@ -103,6 +104,8 @@ class Saving:
         self.last: Step | None = None
         self.left_out: Step | None = None
         """The last step of which the save was left out, on all ranks."""
+        self.metrics: dict[str, Metric] = {}
+        """What the program has reported since the last checkpoint; it goes into the next one."""
 
     def remember(self, objects: dict[str, Stateful], data: Data | None, ledger: LedgerWriter | None) -> None:
         """From now on the state is that of these. StateError: there is something in it that cannot be kept."""
@@ -176,7 +179,7 @@ class Saving:
                 _check_parts(name, each)
         flat = flatten(self._state(step))
         if self._arenas is None or not self._copy(self._arenas, flat, step, began):
-            self._write(flat, step)
+            self._write(flat, step, began)
 
     def _copy(self, arenas: Arenas, flat: FlatState, step: Step, began: float) -> bool:
         """False: there is no memory for it."""
@@ -187,7 +190,8 @@ class Saving:
         except NoArenas:
             return False
         ledger = None if self._ledger is None else str(self._ledger.path)
-        words = words_of(self._spec.rank, flat, self._position())
+        words = words_of(self._spec.rank, flat, self._position(), self.metrics)
+        self.metrics = {}
         arenas.copy(slot, flat, self._later, began, {"step": step, "ledger": ledger}, words)
         return True
 
@@ -202,7 +206,7 @@ class Saving:
     def _position(self) -> Mapping[str, Any] | None:
         return None if self._data is None else self._data.state_dict()
 
-    def _write(self, flat: FlatState, step: Step) -> None:
+    def _write(self, flat: FlatState, step: Step, began: float) -> None:
         spec = self._spec
         assert spec.run_directory is not None
         if self._ledger is not None:
@@ -218,8 +222,11 @@ class Saving:
             flat,
             pinned=self._pinned(flat.tensors),
             position=self._position(),
+            metrics=self.metrics,
         )
-        self._link.say_shard(step, report)
+        self.metrics = {}
+        took = time.monotonic() - began
+        self._link.say_shard(step, report, blocked=took, took=took)
 
     def _failed(self, step: Step, reason: str) -> None:
         print(f"hpcft: the checkpoint of step {step} failed on rank {self._spec.rank}: {reason}", file=sys.stderr)

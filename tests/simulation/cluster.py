@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from random import Random
 
+from hpcft.cadence import SaveRules
 from hpcft.events import (
     CheckpointsFound,
     FailureKind,
@@ -61,8 +62,8 @@ class Shape:
     """How long Slurm takes for each step of a requeue, at most."""
     multiple_of: int = 1
     """The world size divides by this; nodes that do not fit are spares."""
-    save_seconds: float = 0.0
-    """The leader orders a save so often, besides those that the ranks make by themselves; 0: it does not."""
+    saving: SaveRules = SaveRules()
+    """When the leader orders a save, besides those that the ranks make by themselves."""
     succession: bool = False
     """A leader's loss is followed by another leader in the same allocation, instead of a requeue."""
     total_steps: int = 10_000
@@ -216,6 +217,7 @@ class Cluster:
             rejoin_timeout=10.0,
             budgets=((Budget.INFRASTRUCTURE, 60), (Budget.USER_CODE, 20), (Budget.PREEMPTION, 50)),
             no_progress_generations=0,
+            saving=shape.saving,
         )
         self.machines: dict[NodeId, Machine] = {}
         for number in range(shape.nodes):

@@ -8,8 +8,10 @@ from enum import StrEnum
 
 from hypothesis import strategies as st
 
+from hpcft.cadence import SaveRules
 from hpcft.events import FailureKind, Termination
 from hpcft.ids import NodeId
+from hpcft.units import Auto, EverySeconds
 from tests.simulation.cluster import Cluster, Core, Shape
 from tests.simulation.machine import Machine
 
@@ -65,6 +67,9 @@ def faults(*, succession: bool = False) -> st.SearchStrategy[list[Fault]]:
     return st.lists(fault, min_size=1, max_size=8).map(accumulate)
 
 
+SELF_TUNED = SaveRules(Auto(), mtbf=60.0, shortest=2.0, longest=8.0)
+
+
 def shapes(*, succession: bool = False) -> st.SearchStrategy[Shape]:
     return st.builds(
         Shape,
@@ -76,7 +81,7 @@ def shapes(*, succession: bool = False) -> st.SearchStrategy[Shape]:
         disk_seconds=st.sampled_from([0.02, 0.5]),
         slurm_seconds=st.sampled_from([0.3, 3.0]),
         multiple_of=st.sampled_from([1, 1, 2, 3]),
-        save_seconds=st.sampled_from([0.0, 0.0, 3.0]),
+        saving=st.sampled_from([SaveRules(), SaveRules(EverySeconds(3.0)), SELF_TUNED]),
         succession=st.just(succession),
     )
 

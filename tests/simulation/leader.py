@@ -48,7 +48,6 @@ from hpcft.journal import is_journaled
 from hpcft.leader import PLENTIFUL
 from hpcft.membership import may_lead
 from hpcft.terms import TermLease, TermRecord
-from hpcft.units import EverySeconds, Never
 from hpcft.world import Phase, World, apply, takes_over
 from tests.simulation.machine import JournalFile, Shard, Signalled
 from tests.simulation.network import Connection, End
@@ -365,7 +364,7 @@ class SimulatedLeader:
     def _keep_cadence(self) -> None:
         now = self.now()
         self._pace = self._pace.seen(self.world, now)
-        every = EverySeconds(self.cluster.shape.save_seconds) if self.cluster.shape.save_seconds else Never()
+        every = cadence.in_force(self.rules.saving, self.world, now)
         saving, told = self._saving.next(self.world, self._pace, now, every, self._settled.__contains__)
         self._stand_by(saving, told)
 
@@ -393,7 +392,8 @@ class SimulatedLeader:
         def commit() -> None:
             self.cluster.disk.checkpoints.add(checkpoint)
 
-        self.agent.disk(commit, lambda _: self.feed(CheckpointCommitted(checkpoint, COMMIT_SECONDS, 1)))
+        done = CheckpointCommitted(checkpoint, COMMIT_SECONDS, 1, blocked=COMMIT_SECONDS, lag=2 * COMMIT_SECONDS)
+        self.agent.disk(commit, lambda _: self.feed(done))
 
     def _requeue(self) -> None:
         def answered(accepted: bool) -> None:

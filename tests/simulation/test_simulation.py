@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcft import cadence
+from hpcft.cadence import SaveRules
 from hpcft.events import FailureKind, Outcome, Termination
+from hpcft.units import EverySeconds
 from hpcft.world import Phase, World
 from tests.search import sampled
 from tests.simulation.cluster import Cluster, Shape, Violation
-from tests.simulation.faults import Fault, Kind, faults, shapes, simulate
+from tests.simulation.faults import SELF_TUNED, Fault, Kind, faults, shapes, simulate
 from tests.simulation.machine import Crew
 from tests.simulation.mutants import MUTANTS
 
@@ -149,7 +151,7 @@ LEAVES = st.tuples(
         slowness=st.sampled_from([0.02, 0.3, 0.9]),
         repeats=st.sampled_from([0.0, 0.3]),
         disk_seconds=st.sampled_from([0.02, 0.5]),
-        save_seconds=st.sampled_from([0.0, 3.0]),
+        saving=st.sampled_from([SaveRules(), SaveRules(EverySeconds(3.0)), SELF_TUNED]),
     ),
     st.integers(150, 250).map(lambda tenths: tenths / 10),
     st.lists(st.tuples(st.integers(0, 40).map(lambda tenths: tenths / 10), st.integers(1, 4)), max_size=3),

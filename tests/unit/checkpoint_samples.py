@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,7 @@ import torch
 
 from hpcft.checkpoint.commit import Committed, Facts, commit
 from hpcft.checkpoint.layout import MARKS, checkpoint_name
-from hpcft.checkpoint.manifest import ShardReport
+from hpcft.checkpoint.manifest import Metric, ShardReport
 from hpcft.checkpoint.read import read_latest, read_manifest
 from hpcft.checkpoint.retention import emptying, put_into_trash
 from hpcft.checkpoint.share import save_share
@@ -56,6 +56,7 @@ def save(
     world_size: int = 3,
     nonce: str = NONCE,
     cut_above: int = 4096,
+    metrics: Mapping[str, float] | None = None,
 ) -> list[ShardReport]:
     """What all ranks write."""
     name = checkpoint_name(Step(step), Generation(generation))
@@ -69,6 +70,7 @@ def save(
             state,
             pinned=frozenset(n for n in state.tensors if "running" in n),
             position={"samples": 32 * step},
+            metrics={key: Metric(value, Step(step)) for key, value in (metrics or {}).items()},
             cut_above=cut_above,
         )
         for rank in range(world_size)

@@ -1,18 +1,35 @@
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft import page
-from hpcft.cadence import LET_GO, Pace, Saving, due, meeting_step, missed, step_seconds
+from hpcft.cadence import (
+    LET_GO,
+    Pace,
+    SaveRules,
+    Saving,
+    best_interval,
+    due,
+    failure_rate,
+    in_force,
+    last_save,
+    meeting_step,
+    missed,
+    plan,
+    step_seconds,
+)
 from hpcft.events import CheckpointRef, Formation, Member, NodeReported, WorkerReport
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step, Term
-from hpcft.units import EverySeconds, EverySteps, Never
-from hpcft.world import Phase, World
+from hpcft.units import Auto, EverySeconds, EverySteps, Never
+from hpcft.world import Budget, Incident, Phase, Save, Stretch, World
 
 MEMBER = Member(NodeId("a"), Incarnation("a1"), "", 1, Rank(0))
 FORMATION = Formation(Term(1), Generation(1), (MEMBER,), None, "0")
@@ -205,6 +222,15 @@ def test_after_a_last_save_that_failed_nobody_waits() -> None:
     assert scene.look(replace(world, save_failed=(Step(step), "disk full"))) == LET_THEM_GO
 
 
+def test_after_a_save_by_the_clock_that_was_left_out_comes_the_next_one() -> None:
+    scene, world = Scene(), training(10)
+    assert scene.look(world, later=601.0) == [(12, False)]
+    scene.settled.add(12)
+    left_out = replace(training(13), save_skipped=(Step(12), "the copies of earlier saves are still being written"))
+    assert scene.look(left_out, later=1.0) == []
+    assert scene.look(left_out, later=600.0) == [(15, False)]
+
+
 def test_a_save_by_the_clock_is_repeated_only_if_a_rank_has_missed_it() -> None:
     scene, world = Scene(), training(10)
     assert scene.look(world) == []
@@ -216,3 +242,164 @@ def test_a_save_by_the_clock_is_repeated_only_if_a_rank_has_missed_it() -> None:
     assert again[0] > 15 and not again[1]
     assert scene.look(saved(training(15), again[0])) == []
     assert scene.look(training(15), later=601.0) != [], "the next one is due"
+
+
+# --- how often ---
+
+
+def efficiency(gaps: np.ndarray, interval: float, cost: float) -> float:
+    """Share of the time that goes into kept work, over failures so many seconds apart: only whole intervals count."""
+    return float(np.floor(gaps / interval).sum() * (interval - cost) / gaps.sum())
+
+
+@pytest.mark.parametrize("cost", [0.001, 0.02, 0.1, 0.5])
+def test_no_other_interval_loses_less_among_simulated_failures(cost: float) -> None:
+    """One is the mean time between failures."""
+    gaps = np.random.default_rng(7).exponential(1.0, 200_000)
+    chosen = efficiency(gaps, best_interval(cost, 1.0), cost)
+    others = [efficiency(gaps, cost * factor, cost) for factor in np.geomspace(1.05, 10 / cost, 400)]
+    assert chosen >= max(others) - 0.002
+    assert efficiency(gaps, 2 * best_interval(cost, 1.0), cost) < chosen - 0.01 * math.sqrt(cost)
+    assert efficiency(gaps, 0.5 * best_interval(cost, 1.0) + 0.5 * cost, cost) < chosen - 0.01 * math.sqrt(cost)
+
+
+@pytest.mark.parametrize("cost", [1e-6, 1e-3, 0.1, 1.0, 1.9])
+def test_the_interval_is_that_of_the_exact_expectation(cost: float) -> None:
+    """A stretch of length p is tried until no failure strikes in it: (exp(p) - 1) seconds on average."""
+    candidates = cost + np.geomspace(1e-4, 10, 20_000)
+    best = np.min(np.expm1(candidates) / (candidates - cost))
+    chosen = best_interval(cost, 1.0)
+    assert math.expm1(chosen) / (chosen - cost) <= best * 1.01
+    assert best_interval(cost, 1.0) * 3600 == pytest.approx(best_interval(cost * 3600, 3600.0))
+
+
+def test_a_save_that_costs_more_than_it_saves_is_not_made_more_often() -> None:
+    assert best_interval(2.0, 1.0) == 3.0
+    assert best_interval(50.0, 1.0) == 51.0
+
+
+@given(st.floats(60, 1e7), st.integers(0, 1000), st.floats(0, 1e8))
+def test_failures_are_expected_between_belief_and_experience(mtbf: float, failures: int, trained: float) -> None:
+    rate = failure_rate(mtbf, failures, trained)
+    assert failure_rate(mtbf, failures + 1, trained) > rate > 0
+    assert failure_rate(mtbf, failures, trained + 1.0) <= rate
+    if trained > 0:
+        low, high = sorted((1 / mtbf, failures / trained))
+        assert low * (1 - 1e-9) <= rate <= high * (1 + 1e-9)
+    else:
+        assert rate == pytest.approx((1 + failures) / mtbf)
+
+
+def incident(downtime: float | None) -> Incident:
+    over = None if downtime is None else 100.0 + downtime
+    return Incident(1, "worker failed", "", 100.0, Generation(1), Step(1), Budget.INFRASTRUCTURE, resumed_at=over)
+
+
+def seen(*saves: Save, trained: float = 3600.0, incidents: tuple[Incident, ...] = ()) -> World:
+    kept = (Stretch(Step(0), Step(100), trained),)
+    return replace(at(0, since=None), saves=saves, kept=kept, incidents=incidents)
+
+
+AUTO = SaveRules(Auto(), mtbf=3600.0, shortest=1.0, longest=1000.0)
+
+
+def test_auto_follows_what_was_measured_and_says_so() -> None:
+    world = seen(Save(9.0, 9.0), Save(2.0, 3.0), Save(1.0, 2.5), incidents=(incident(5.0), incident(0.0)))
+    found = plan(AUTO, world, 3600.0)
+    assert (found.cost, found.lag, found.saves, found.failures) == (2.0, 3.0, 3, 1), "a note is no failure"
+    assert found.interval == pytest.approx(best_interval(2.0, 3600.0)) and 120 < found.interval < 122
+    assert found.loss == pytest.approx(2.0 / found.interval + (found.interval / 2 + 3.0) / 3600.0)
+    assert in_force(AUTO, world, 3600.0) == EverySeconds(found.interval)
+    assert found.reason == (
+        "every 2m 01s: a save stops training for 2s and is durable after 3s (median of 3); "
+        "1 failure in 1h 00m of training, and one in 1h 00m expected beforehand, make one in 1h 00m; "
+        "so 3.4% of the time is expected to be lost, 1.7% saving and 1.8% repeating steps"
+    )
+
+
+def test_auto_begins_with_a_measurement() -> None:
+    assert in_force(AUTO, seen(), 0.0) == EverySeconds(60.0)
+    assert in_force(replace(AUTO, longest=20.0), seen(), 0.0) == EverySeconds(20.0)
+    assert in_force(replace(AUTO, shortest=90.0), seen(), 0.0) == EverySeconds(90.0)
+    assert plan(AUTO, seen(), 0.0).reason == (
+        "every 1m 00s; what a save costs has not been measured yet: the first one shows it"
+    )
+
+
+def test_auto_keeps_within_its_bounds_and_lets_one_save_end_before_the_next() -> None:
+    cheap, dear, slow = seen(Save(1e-6, 0.1)), seen(Save(300.0, 300.0)), seen(Save(0.01, 500.0))
+    assert plan(AUTO, cheap, 3600.0).interval == 1.0
+    assert "every 1s, the shortest that checkpoint.every_min allows (best would be " in plan(AUTO, cheap, 3600.0).reason
+    assert plan(AUTO, dear, 3600.0).interval == 1000.0
+    assert "the longest that checkpoint.every_max allows (best would be 36m 23s): " in plan(AUTO, dear, 3600.0).reason
+    assert plan(AUTO, slow, 3600.0).interval == 500.0
+    assert plan(AUTO, slow, 3600.0).reason.startswith("every 8m 20s, for it takes 8m 20s until a save is durable: ")
+
+
+@given(
+    st.lists(st.builds(Save, st.floats(1e-6, 1e4), st.floats(1e-6, 1e4)), max_size=15),
+    st.lists(st.sampled_from([0.0, 3.0, None]), max_size=4),
+    st.floats(1, 1e7),
+    st.floats(1, 1e6),
+)
+def test_every_plan_is_one(saves: list[Save], downtimes: list[float | None], trained: float, mtbf: float) -> None:
+    rules = SaveRules(Auto(), mtbf, 30.0, 3600.0)
+    found = plan(rules, seen(*saves, trained=trained, incidents=tuple(map(incident, downtimes))), trained + 100.0)
+    assert found.interval is not None
+    assert 30.0 <= found.interval <= max(3600.0, found.lag or 0.0)
+    assert found.interval >= (found.lag or 0.0)
+    assert (found.loss is not None) == bool(saves)
+    assert found.loss is None or 0 <= found.loss <= 1
+
+
+def test_more_failures_make_saves_more_frequent_and_dearer_saves_less() -> None:
+    few, many = (seen(Save(2.0, 2.0), incidents=(incident(1.0),) * count) for count in (1, 20))
+    dear = seen(Save(8.0, 8.0), incidents=(incident(1.0),))
+    often, seldom = (plan(AUTO, world, 3600.0).interval or 0.0 for world in (many, dear))
+    assert often < (plan(AUTO, few, 3600.0).interval or 0.0) < seldom
+
+
+def test_a_configured_cadence_is_kept_and_its_cost_is_said() -> None:
+    world = seen(Save(2.0, 3.0))
+    assert in_force(SaveRules(EverySteps(7)), world, 0.0) == EverySteps(7)
+    assert in_force(SaveRules(EverySeconds(90.0)), world, 0.0) == EverySeconds(90.0)
+    by_clock = plan(SaveRules(EverySeconds(100.0), 3600.0), world, 3600.0)
+    assert by_clock.interval == 100.0 and by_clock.saving == 0.02
+    assert by_clock.reason.startswith("every 100s, as configured: a save stops training for 2s")
+    running = replace(at(100), saves=world.saves)
+    by_steps = plan(SaveRules(EverySteps(50), 3600.0), running, 200.0)
+    assert by_steps.interval == 100.0
+    assert by_steps.reason.startswith("every 50 steps, as configured: a save stops")
+    never = plan(SaveRules(Never()), world, 0.0)
+    assert (never.interval, never.loss) == (None, None)
+    assert never.reason == "no checkpoint is made before the end, as configured"
+
+
+# --- the last save ---
+
+
+def test_the_last_save_is_given_what_it_may_take() -> None:
+    pace, now = paced(lambda step: 30.0 if step == 1 else 12.0 if step == 4 else 1.0, 40)
+    saves = tuple(Save(0.1, lag) for lag in (2.0, 2.0, 3.0, 2.0))
+    found = last_save(replace(at(40), saves=saves), pace, now)
+    assert found is not None
+    # twice the usual 2 s; an evaluation of 12 s, but not what was compiled first; the order and one repetition of it
+    assert found.seconds == pytest.approx(4.0 + 12.0 + 2.6, abs=0.2)
+    assert re.fullmatch(
+        r"it may take 18\.\ds: of 4 saves the usual one took 2s and the worst 3s, and the longest step 1[12](\.\d)?s",
+        found.why,
+    )
+    once_slow = last_save(replace(at(40), saves=(*saves, Save(0.1, 40.0))), pace, now)
+    assert once_slow is not None and once_slow.seconds == pytest.approx(50.0 + 12.0 + 2.6, abs=0.2)
+    stuck = last_save(replace(at(40), saves=saves), pace, now + 100.0)
+    assert stuck is not None and stuck.seconds > 100.0, "the step in progress is the longest by now"
+
+
+def test_too_little_says_nothing_of_the_last_save() -> None:
+    pace, now = paced(lambda step: 1.0, 9)
+    three = (Save(0.1, 2.0),) * 3
+    assert last_save(replace(at(9), saves=three[:2]), pace, now) is None
+    assert last_save(replace(at(9), saves=three), Pace(), now) is None
+    assert last_save(replace(at(9), saves=three, generation=Generation(2)), pace, now) is None
+    first, then = paced(lambda step: 1.0, 1)
+    assert last_save(replace(at(1), saves=three), first, then) is None, "the first step is no usual one"

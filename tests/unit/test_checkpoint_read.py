@@ -363,7 +363,7 @@ def test_format_1_is_frozen(tmp_path: Path) -> None:
     body, _ = unseal("manifest", (done.directory / "manifest.json").read_bytes())
     assert list(body) == [
         *("format", "run", "term", "generation", "step", "nonce", "world_size", "mesh", "parent", "created"),
-        *("position", "versions", "coverage", "files"),
+        *("position", "metrics", "versions", "coverage", "files"),
     ]
     assert body["format"] == 1
     assert body["coverage"]["pieces"] == 5

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.checkpoint.layout import MARKS, CheckpointEntry, checkpoint_name, staging_name
-from hpcft.checkpoint.marks import pinned
+from hpcft.checkpoint.marks import mark_verified, pinned, verified
 from hpcft.checkpoint.read import entries
-from hpcft.checkpoint.retention import discard, retire, stale
+from hpcft.checkpoint.retention import best, discard, newest, retire, stale
 from hpcft.checkpoint.tree import flatten
 from hpcft.ids import Generation, Step
 from tests.search import sampled
@@ -63,6 +63,70 @@ def test_never_everything_and_never_the_newest(
         assert max(held, key=lambda e: (e.generation, e.step)).name in left
     # Doing it again takes nothing more.
     assert retire([e for e in held if e.name in left], keep, keep_every, protected) == ()
+
+
+HELD = st.lists(st.builds(entry, st.integers(0, 40), st.integers(1, 4)), unique=True)
+
+
+@sampled(200)
+@given(
+    HELD,
+    st.integers(0, 5),
+    st.none() | st.integers(1, 10),
+    st.integers(0, 4),
+    st.sampled_from(["min", "max"]),
+    st.data(),
+)
+def test_pinned_verified_and_best_ones_stay_with_the_last(
+    held: list[CheckpointEntry], keep: int, keep_every: int | None, count: int, mode: str, data: st.DataObject
+) -> None:
+    """As the leader puts them together (commits.Commits)."""
+    some = st.sets(st.sampled_from([e.name for e in held])) if held else st.just(set())
+    pins, read_back = data.draw(some), data.draw(some)
+    values = {name: data.draw(st.sampled_from([0.5, 1.0, 2.0])) for name in data.draw(some)}
+    chosen, sound = best(held, values, count, mode), newest(held, read_back)
+    gone = set(retire(held, keep, keep_every, pins | chosen | sound))
+    left = [e for e in held if e.name not in gone]
+    assert bool(left) == bool(held)
+    assert not gone & pins
+    assert len(left) >= min(max(keep, 1), len(held))
+    last = sorted(held, key=lambda e: (e.generation, e.step))[-max(keep, 1) :]
+    assert not gone & {e.name for e in last}
+    assert len(chosen) == min(count, len(values))
+    worst = [values[name] for name in chosen] or [0.0]
+    for name, value in values.items():
+        if name in gone and chosen:
+            assert value >= max(worst) if mode == "min" else value <= min(worst)
+    assert bool(sound) == bool(read_back)
+    for e in held:
+        if e.name in read_back and e.name in gone:
+            assert any((e.generation, e.step) < (o.generation, o.step) and o.name in sound for o in left)
+
+
+def test_the_best_are_those_of_the_metric_and_the_newer_of_equal_ones() -> None:
+    held = [entry(step) for step in (100, 200, 300, 400)]
+    first, second, third, last = names(100, 200, 300, 400)
+    values = {first: 0.5, second: 0.3, third: 0.5}
+    assert best(held, values, 1, "min") == {second}
+    assert best(held, values, 2, "min") == {second, third}
+    assert best(held, values, 1, "max") == {third}
+    assert best(held, values, 9, "max") == {first, second, third}, "who has no value does not compete"
+    assert best(held, values, 0, "min") == frozenset()
+    assert best(held, {"step-00000900-g0001": 0.1}, 1, "min") == frozenset()
+    assert newest(held, {second, third, "step-00000900-g0001"}) == {third}
+    assert newest(held, frozenset()) == frozenset()
+    assert last not in best(held, values, 3, "min")
+
+
+def test_what_was_verified_is_marked_until_it_goes(tmp_path: Path) -> None:
+    one = committed(tmp_path, 1)
+    assert verified(tmp_path) == frozenset()
+    for _ in range(2):
+        mark_verified(tmp_path, one.name)
+    pin(tmp_path, one.name)
+    assert verified(tmp_path) == pinned(tmp_path) == {one.name}
+    sweep(tmp_path, [one.name])
+    assert listing(tmp_path / MARKS) == []
 
 
 def test_what_goes_is_deleted_file_by_file_with_what_an_earlier_one_left(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft import durable
-from hpcft.checkpoint import read
+from hpcft.checkpoint import marks, read
 from hpcft.checkpoint.layout import CheckpointEntry, checkpoint_name, parse_staging, staging_name
 from hpcft.checkpoint.read import Damage, entries, losses
 from hpcft.checkpoint.retention import retire_abandoned
@@ -31,6 +31,7 @@ from hpcft.events import (
     CheckpointKept,
     CheckpointRef,
     CheckpointsRetired,
+    CheckpointVerified,
     Event,
     Formation,
     Member,
@@ -51,17 +52,21 @@ def formation(generation: int, restore: CheckpointRef | None) -> Formation:
 
 
 @contextmanager
-def thread(root: Path, keep: int = 2, keep_every: int = 0) -> Iterator[tuple[Commits, Callable[[], Event]]]:
+def thread(
+    root: Path, keep: int = 2, keep_every: int = 0, *, best: int = 0, verify: bool = False
+) -> Iterator[tuple[Commits, Callable[[], Event]]]:
     said: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    commits = Commits(root, RUN, Retention(keep, keep_every), said.put)
+    retained = Retention(keep, keep_every, best, "val_loss" if best else None)
+    commits = Commits(root, RUN, retained, said.put, verify=verify)
     try:
         yield commits, lambda: said.get(timeout=30)
     finally:
         commits.close(30)
 
 
-def report(commits: Commits, root: Path, step: int, generation: int) -> None:
-    for rank, shard in enumerate(save(root, flatten(training_state(step)), step, generation, world_size=WORKERS)):
+def report(commits: Commits, root: Path, step: int, generation: int, **metrics: float) -> None:
+    state = flatten(training_state(step))
+    for rank, shard in enumerate(save(root, state, step, generation, world_size=WORKERS, metrics=metrics)):
         commits.reported(Generation(generation), Step(step), Rank(rank), shard.to_json())
 
 
@@ -148,6 +153,103 @@ def test_pinned_ones_stay_on_any_branch(tmp_path: Path) -> None:
         next_event()
         commits.retain((ref(100), ref(150, 2)))
     assert left(tmp_path) == [(100, 1), (300, 1), (150, 2)]
+
+
+def test_a_commit_says_how_long_training_stood_still_and_when_the_save_had_begun(tmp_path: Path) -> None:
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(1, None))
+        first, second = save(tmp_path, flatten(training_state(5)), 5, 1, world_size=WORKERS)
+        commits.reported(Generation(1), Step(5), Rank(0), first.to_json(), {"blocked": 0.25, "took": 100.0})
+        commits.reported(Generation(1), Step(5), Rank(0), first.to_json(), {"blocked": 0.25, "took": 100.0})
+        commits.reported(Generation(1), Step(5), Rank(1), second.to_json(), {"blocked": 7.5})
+        done = next_event()
+        assert isinstance(done, CheckpointCommitted)
+        assert done.blocked == 7.5
+        assert 100.0 < done.lag < 130.0, "since the first rank began"
+        first, second = save(tmp_path, flatten(training_state(6)), 6, 1, world_size=WORKERS)
+        commits.reported(Generation(1), Step(6), Rank(0), first.to_json(), {"blocked": "x", "took": float("nan")})
+        commits.reported(Generation(1), Step(6), Rank(1), second.to_json())
+        unmeasured = next_event()
+        assert isinstance(unmeasured, CheckpointCommitted)
+        assert (unmeasured.blocked, unmeasured.lag) == (0.0, 0.0)
+
+
+def test_the_best_stay_also_for_the_next_leader(tmp_path: Path) -> None:
+    lineage: list[CheckpointRef] = []
+
+    def train(generation: int, losses: dict[int, float]) -> None:
+        with thread(tmp_path, keep=1, best=2) as (commits, next_event):
+            commits.follow(formation(generation, lineage[-1] if lineage else None))
+            for step, loss in losses.items():
+                report(commits, tmp_path, step, generation, **({"val_loss": loss} if loss else {}))
+                while not isinstance(done := next_event(), CheckpointCommitted):
+                    assert isinstance(done, CheckpointsRetired)
+                lineage.append(done.checkpoint)
+                commits.retain(tuple(lineage))
+
+    train(1, {10: 0.9, 20: 0.0, 30: 0.4, 40: 0.5, 50: 0.8})
+    assert left(tmp_path) == [(30, 1), (40, 1), (50, 1)]
+    train(2, {60: 0.7, 70: 0.3, 80: 0.6, 90: 0.0})
+    assert left(tmp_path) == [(30, 1), (50, 1), (70, 2), (90, 2)], "50 is what the second leader started from"
+
+
+def test_what_is_read_back_is_marked_and_the_newest_of_it_outlasts_damaged_ones(tmp_path: Path) -> None:
+    with thread(tmp_path, keep=1, verify=True) as (commits, next_event):
+        commits.follow(formation(1, None))
+        lineage = []
+        for step in (100, 200, 300):
+            report(commits, tmp_path, step, 1)
+            assert isinstance(next_event(), CheckpointCommitted)
+            if step > 100:
+                shard = tmp_path / checkpoint_name(Step(step), Generation(1)) / "shard-00001-of-00002.safetensors"
+                content = bytearray(shard.read_bytes())
+                content[-9] ^= 4
+                shard.write_bytes(content)
+            lineage.append(ref(step))
+            commits.retain(tuple(lineage))
+            events = [next_event()]
+            if step == 300:
+                events.append(next_event())
+                (gone,) = [each for each in events if isinstance(each, CheckpointsRetired)]
+                assert gone.checkpoints == (ref(200),)
+            (found,) = [each for each in events if isinstance(each, CheckpointVerified)]
+            assert found.checkpoint == ref(step)
+            assert ("its content does not match its digest" in found.damage) == (step > 100)
+    assert left(tmp_path) == [(100, 1), (300, 1)], "what the leader alone finds damaged is not set aside"
+    assert marks.verified(tmp_path) == {checkpoint_name(Step(100), Generation(1))}
+
+
+def test_one_that_is_being_read_back_is_not_retired_and_older_ones_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, answer = threading.Event(), threading.Event()
+    read_back: list[str] = []
+
+    def slow(directory: Path, run: RunId) -> list[Damage]:
+        read_back.append(directory.name)
+        reading.set()
+        assert answer.wait(60)
+        assert (directory / "manifest.json").exists()
+        return []
+
+    monkeypatch.setattr(read, "losses", slow)
+    with thread(tmp_path, keep=1, verify=True) as (commits, next_event):
+        commits.follow(formation(1, None))
+        lineage, gone = [], []
+        for step in (100, 200, 300, 400):
+            report(commits, tmp_path, step, 1)
+            while not isinstance(event := next_event(), CheckpointCommitted):
+                gone.append(event)
+            lineage.append(ref(step))
+            commits.retain(tuple(lineage))
+            if step == 100:
+                assert reading.wait(30)
+        while len(gone) < 2:
+            gone.append(next_event())
+        assert gone == [CheckpointsRetired((ref(200),)), CheckpointsRetired((ref(300),))]
+        answer.set()
+        assert [next_event(), next_event()] == [CheckpointVerified(ref(100)), CheckpointVerified(ref(400))]
+    assert read_back == [checkpoint_name(Step(step), Generation(1)) for step in (100, 400)]
 
 
 def test_a_commit_does_not_wait_until_the_trash_is_empty(tmp_path: Path) -> None:

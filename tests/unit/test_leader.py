@@ -23,7 +23,6 @@ from hpcft.policy import Rules
 from hpcft.rundir import RunDirectory
 from hpcft.store import import_torch
 from hpcft.terms import TermRecord
-from hpcft.units import Never
 from hpcft.wire import decode_order
 from hpcft.world import Phase, World
 from tests.unit.worlds import training
@@ -37,7 +36,6 @@ def office(leaderless: float, nodes: int = 2) -> Office:
         allocation="7.0",
         nodes=tuple(NodeId(f"n{number}") for number in range(nodes)),
         checkpoints=CheckpointsFound(()),
-        save_every=Never(),
         end_lead=60.0,
         leaderless=leaderless,
     )

@@ -68,7 +68,7 @@ def test_all_that_counts_is_said_again(page: NodePage) -> None:
         agent.ranks.see(WorkerSaid(name, {"kind": "ready"}))
     reach(page, 9, 9)
     for step in (5, 9):
-        agent.ranks.see(WorkerSaid(first, {"kind": "shard", "step": step, "report": {"step": step}}))
+        agent.ranks.see(WorkerSaid(first, {"kind": "shard", "step": step, "report": {"step": step}, "blocked": 0.5}))
     agent.ranks.see(WorkerSaid(second, {"kind": "save_failed", "step": 9, "reason": "disk full"}))
     agent.ranks.see(WorkerExited(first, 100, 0, "exit 0"))
     agent.events.clear()
@@ -77,7 +77,7 @@ def test_all_that_counts_is_said_again(page: NodePage) -> None:
     agent.ranks.repeat()
     assert [type(event) for event in agent.events] == [Progressed, WorkersReady, WorkerReturned]
     assert agent.messages == [
-        {"shard": {"generation": 3, "rank": 2, "step": 9, "report": {"step": 9}}},
+        {"shard": {"generation": 3, "rank": 2, "step": 9, "report": {"step": 9}, "blocked": 0.5}},
         {"save_failed": {"generation": 3, "rank": 3, "step": 9, "reason": "disk full"}},
     ]
 

@@ -226,8 +226,8 @@ EVENTS: list[tuple[str, Callable[..., None]]] = [
         lambda s, step, why: s.feed(ev.CheckpointFailed(Step(int(step)), s.generation, why)),
     ),
     (
-        rf"Slurm says (time limit|preempted|requeued|cancelled), {NUMBER} s left",
-        lambda s, why, left: s.feed(ev.TerminationAsked(WHY[why], float(left))),
+        rf"Slurm says (time limit|preempted|requeued|cancelled), {NUMBER} s left(?:; (.+))?",
+        lambda s, why, left, detail: s.feed(ev.TerminationAsked(WHY[why], float(left), detail or "")),
     ),
     (r"(\w+) stops the run", lambda s, by: s.feed(ev.StopAsked(by))),
     (r"Slurm accepts the requeue", lambda s: s.feed(ev.RequeueAccepted())),

@@ -18,6 +18,7 @@ import orjson
 import pytest
 
 from hpcft import durable, status
+from hpcft.cadence import SaveRules
 from hpcft.events import (
     CheckpointCommitted,
     CheckpointFailed,
@@ -48,6 +49,7 @@ from hpcft.journal import Journal, replay
 from hpcft.membership import Timing
 from hpcft.policy import Rules, decide
 from hpcft.rundir import RunDirectory
+from hpcft.units import Auto
 from hpcft.world import Budget, World, apply
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -240,6 +242,25 @@ def test_training(tmp_path: Path) -> None:
     assert "2 (50, 12.3)  3 (50, 12.3)" in node2
 
 
+def test_how_often_is_saved_and_why(tmp_path: Path) -> None:
+    auto = replace(RULES, saving=SaveRules(Auto(), mtbf=3600.0, shortest=1.0))
+    scene = Scene(rules=auto).training(50)
+    found, text = scene.shown(tmp_path)
+    assert found["cadence"]["every"] == "auto" and found["cadence"]["expected_loss"] is None
+    assert "saves       every 1m 00s; what a save costs has not been measured yet" in text
+    done = CheckpointCommitted(CheckpointRef(Step(40), scene.generation), 0.1, 1000, blocked=2.0, lag=5.0)
+    found, text = scene.see(done, after=1.0).shown(tmp_path)
+    cadence = found["cadence"]
+    assert (cadence["blocked_seconds"], cadence["durable_seconds"], cadence["saves"]) == (2.0, 5.0, 1)
+    assert cadence["interval_seconds"] == pytest.approx(120.7, abs=0.2)
+    assert " ".join(text.split()).count(cadence["reason"]) == 1
+    found, text = Scene().training(50).shown(tmp_path)
+    assert "saves       no checkpoint is made before the end, as configured" in text
+    assert (found["cadence"]["every"], found["cadence"]["interval_seconds"]) == ("off", None)
+    found, text = Scene(rules=replace(RULES, saves=False)).training(50).shown(tmp_path)
+    assert found["cadence"] is None and "  saves" not in text
+
+
 def test_tokens_are_counted_when_all_ranks_have_reported(tmp_path: Path) -> None:
     scene = Scene().training(50)
     first, second = scene.world.reports
@@ -283,7 +304,7 @@ def test_incidents_that_are_not_shown_are_counted() -> None:
 def test_what_an_earlier_version_left_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
     scene = Scene().training(50).commit(40).fail(1, killed(50)).acknowledge().train(41, seconds=0.4)
     snapshot, _ = scene.shown(tmp_path)
-    for added in ("seconds", "plain_command"):
+    for added in ("seconds", "plain_command", "cadence"):
         del snapshot[added]
     for incident in snapshot["incidents"]:
         del incident["times"]

@@ -56,6 +56,11 @@ def test_the_command_has_what_the_configuration_says_and_the_users_options_last(
     assert job.run_directory == config_file.parent / "runs" / "mine"
 
 
+def test_a_lead_that_is_reckoned_asks_slurm_for_a_warning_two_minutes_before(config_file: Path) -> None:
+    assert "--signal=USR1@120" in submit.prepare(config_file, config(config_file, "slurm.end_lead=auto")).arguments
+    assert "--signal=USR1@31" in submit.prepare(config_file, config(config_file, "slurm.end_lead=30.5s")).arguments
+
+
 def test_a_run_that_does_not_requeue_tells_slurm_so(config_file: Path) -> None:
     job = submit.prepare(config_file, config(config_file, "slurm.requeue=false"))
     assert "--no-requeue" in job.arguments

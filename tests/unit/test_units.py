@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.units import (
+    Auto,
     EverySeconds,
     EverySteps,
     Never,
@@ -15,8 +16,10 @@ from hpcft.units import (
     duration_text,
     human_duration,
     human_size,
+    lead_text,
     parse_cadence,
     parse_duration,
+    parse_lead,
     parse_size,
     size_text,
 )
@@ -177,7 +180,7 @@ def test_human_size(size: float, text: str) -> None:
     ("text", "cadence"),
     [
         ("200 steps", EverySteps(200)), ("1 step", EverySteps(1)), ("50steps", EverySteps(50)),
-        ("60s", EverySeconds(60)), ("off", Never()),
+        ("60s", EverySeconds(60)), ("auto", Auto()), ("off", Never()),
     ],
 )  # fmt: skip
 def test_cadences(text: str, cadence: object) -> None:
@@ -187,13 +190,13 @@ def test_cadences(text: str, cadence: object) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("sometimes", "'sometimes' does not say how often; write '200 steps', '60s' or 'off'"),
-        ("-3 steps", "'-3 steps' does not say how often; write '200 steps', '60s' or 'off'"),
+        ("sometimes", "'sometimes' does not say how often; write '200 steps', '60s', 'auto' or 'off'"),
+        ("-3 steps", "'-3 steps' does not say how often; write '200 steps', '60s', 'auto' or 'off'"),
         ("0 steps", "every 0 steps is not possible; write 'off' to have none"),
         ("0s", "every 0 seconds is not possible; write 'off' to have none"),
         (200, "200 does not say how often; write '200 steps' or '200s'"),
         ("200", "'200' has no unit; write '200 steps' or '200s'"),
-        (False, "false does not say how often; write '200 steps', '60s' or 'off'"),
+        (False, "false does not say how often; write '200 steps', '60s', 'auto' or 'off'"),
     ],
 )
 def test_bad_cadences_say_what_to_write(value: object, message: str) -> None:
@@ -206,9 +209,29 @@ def test_bad_cadences_say_what_to_write(value: object, message: str) -> None:
     st.builds(EverySteps, st.integers(1, 10**18 - 1))
     | st.builds(EverySeconds, st.floats(min_value=1e-3, max_value=1e9))
     | st.just(Never())
+    | st.just(Auto())
 )
-def test_cadence_text_is_exact(cadence: EverySteps | EverySeconds | Never) -> None:
+def test_cadence_text_is_exact(cadence: EverySteps | EverySeconds | Auto | Never) -> None:
     assert parse_cadence(cadence_text(cadence)) == cadence
+
+
+@given(st.floats(min_value=1e-3, max_value=1e9) | st.just(Auto()))
+def test_lead_text_is_exact(lead: float | Auto) -> None:
+    assert parse_lead(lead_text(lead)) == lead
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("soon", "'soon' is not a duration; write a number and a unit, such as '30s', or 'auto'"),
+        ("0s", "must be more than 0, or 'auto'"),
+        (60, "60 has no unit; write '60s' or '60ms', say, or 'auto'"),
+    ],
+)
+def test_bad_leads_say_what_to_write(value: object, message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        parse_lead(value)
+    assert str(raised.value) == message
 
 
 def test_import_is_light() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -9,13 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 import torch
 from torch import nn
 
 from hpcft.checkpoint.commit import Facts, commit
-from hpcft.checkpoint.manifest import ShardReport
+from hpcft.checkpoint.manifest import Metric, ShardReport
 from hpcft.checkpoint.read import read_manifest
 from hpcft.checkpoint.tree import StateError
 from hpcft.data import Data
@@ -214,10 +216,64 @@ def test_parameters_are_shared_out_and_the_rest_is_rank_0s(tmp_path: Path) -> No
     assert own.state.tolist() == [0, 0, 0]
 
 
+def test_what_is_reported_goes_into_the_next_checkpoint_and_how_long_it_took_to_the_agent(bench: Bench) -> None:
+    def metrics(path: Path) -> Mapping[str, Metric]:
+        manifest, _ = read_manifest(path, bench.run)
+        return manifest.metrics
+
+    first = {"val_loss": Metric(1.25, Step(2)), "accuracy": Metric(0.5, Step(3))}
+    bench.saving.metrics.update(first)
+    bench.saving.remember(named({"model": network()}), None, None)
+    bench.saving.save(Step(3))
+    (message,) = bench.said()
+    assert 0 < message["blocked"] <= message["took"]
+    facts = Facts(bench.run, Term(1), None, 0.0)
+    report = ShardReport.parse(message["report"])
+    assert metrics(commit(bench.directory.checkpoints, [report], facts).directory) == first
+    assert metrics(bench.save(4, model=network())) == {}, "it is the value of the checkpoint before"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        math.nan,
+        -math.inf,
+        "0.5",
+        True,
+        None,
+        10**400,
+        [1.0],
+        1j,
+        torch.ones(2),
+        torch.tensor(math.nan),
+        torch.tensor(1j),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_only_finite_numbers_are_reported(wrong: Any) -> None:
+    run = Run(WorkerSpec(), Link(WorkerSpec()), torch.device("cpu"), {})
+    run.report(val_loss=torch.tensor(2.0, requires_grad=True), accuracy=np.float32(0.5), samples=3)
+    with pytest.raises(UsageError, match=r"run.report\(other=…\): .* is not a finite number"):
+        run.report(val_loss=1.0, other=wrong)
+    run.report(accuracy=0.75)
+    expected = {"val_loss": Metric(2.0, Step(0)), "accuracy": Metric(0.75, Step(0)), "samples": Metric(3.0, Step(0))}
+    assert run._saving.metrics == expected
+
+
+def test_what_is_reported_between_two_checkpoints_is_limited() -> None:
+    run = Run(WorkerSpec(), Link(WorkerSpec()), torch.device("cpu"), {})
+    run.report(**{f"m{number}": 1.0 for number in range(64)})
+    run.report(m0=2.0)
+    for more in ({"another": 1.0}, {"m" * 65: 1.0}):
+        with pytest.raises(UsageError, match="64 names of up to 64 characters"):
+            run.report(**more)
+    assert len(run._saving.metrics) == 64
+
+
 class _Listening(Link):
     __slots__ = ("report",)
 
-    def say_shard(self, step: Step, report: ShardReport) -> None:
+    def say_shard(self, step: Step, report: ShardReport, blocked: float = 0.0, took: float = 0.0) -> None:
         self.report = report
 
 

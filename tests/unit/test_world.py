@@ -6,12 +6,14 @@ from dataclasses import astuple, replace
 
 import pytest
 
+from hpcft.cadence import SaveRules, plan
 from hpcft.events import (
     CheckpointCommitted,
     CheckpointFailed,
     CheckpointRef,
     CheckpointsFound,
     CheckpointsRetired,
+    CheckpointVerified,
     Conclude,
     Decided,
     Evict,
@@ -29,7 +31,8 @@ from hpcft.events import (
     WorldRefused,
 )
 from hpcft.ids import Generation, Rank, Step, Term
-from hpcft.world import UNWRITTEN, Budget, Phase, Stretch, World, budget_of
+from hpcft.wire import decode_event
+from hpcft.world import LATEST_SAVES, UNWRITTEN, Budget, Phase, Stretch, World, budget_of
 from tests.unit.worlds import (
     at_step,
     began,
@@ -171,6 +174,34 @@ def test_a_checkpoint_counts_for_its_own_generation() -> None:
     world = happen(world, proposed(formation("ab", 10, ref(5))), saved(12))
     assert [each.step for each in world.checkpoints] == [5, 10], "a straggler of a generation that is rolled back"
     assert happen(world, CheckpointsRetired((ref(5),))).checkpoints == (ref(10),)
+
+
+def test_what_saves_took_is_remembered_across_starts_and_what_nobody_measured_is_not() -> None:
+    world = training()
+    for step in range(20):
+        world = happen(world, CheckpointCommitted(ref(step), 0.5, 100, blocked=0.1 * step, lag=step))
+    world = happen(world, saved(20))
+    assert [each.lag for each in world.saves] == list(range(5, 20))
+    world = happen(world, began("xy", term=2, allocation="7.1"))
+    assert len(world.saves) == LATEST_SAVES
+    world = happen(world, CheckpointCommitted(ref(99), 0.5, 100, blocked=9.0, lag=9.0))
+    assert world.saves[-1].lag == 19, "a straggler says nothing of this world"
+    before = {"kind": "CheckpointCommitted", "checkpoint": {"step": 5, "generation": 1}, "seconds": 0.5, "size": 100}
+    assert decode_event(before) == saved(5), "a journal of an earlier version"
+    asked = {"kind": "TerminationAsked", "why": "time limit", "seconds_left": 5.0}
+    assert decode_event(asked) == TerminationAsked(Termination.TIME_LIMIT, 5.0)
+
+
+def test_a_checkpoint_that_does_not_read_back_is_an_incident_and_stays() -> None:
+    world = happen(training(), saved(5), saved(10), CheckpointVerified(ref(5)))
+    assert world.verified == ref(5)
+    assert happen(world, CheckpointVerified(ref(7))) is world, "it has gone meanwhile"
+    world = happen(world, CheckpointVerified(ref(10), "shard-00000-of-00004: a digest differs"), now=3.0)
+    assert (world.verified, world.restore) == (ref(5), ref(10))
+    (incident,) = world.incidents
+    assert (incident.cause, incident.downtime, incident.steps_lost) == ("checkpoint damaged", 0.0, 0)
+    assert "step 10 does not read back as it was written: shard-00000-of-00004: a digest differs" in incident.culprit
+    assert plan(SaveRules(), world, 10.0).failures == 0
 
 
 def test_a_failed_save_is_an_incident_that_costs_nothing_and_is_forgotten() -> None:
