@@ -354,8 +354,8 @@ class Run:
         """Say how good the training is, `run.report(val_loss=1.23)`: finite numbers, under names of your own.
 
         Each goes into the next checkpoint's manifest, with the step after which it was reported; of several under one
-        name the last. `checkpoint.keep_best` keeps checkpoints by them, and `hpcft ckpt ls` shows them. Rank 0's count;
-        all ranks may call it. A number on a GPU is waited for.
+        name the last. `checkpoint.keep_best` keeps checkpoints by them. Rank 0's count; all ranks may call it. A number
+        on a GPU is waited for.
 
         UsageError: something that is not one finite number, or more than 64 names of 64 characters: then nothing of
         this call counts.
