@@ -33,7 +33,7 @@ def world() -> Iterator[None]:
 class _Listening(Link):
     __slots__ = ("said",)
 
-    def say_shard(self, step: Step, report: ShardReport) -> None:
+    def say_shard(self, step: Step, report: ShardReport, **timing: float) -> None:
         self.said = report
 
     def say_save_failed(self, step: Step, reason: str) -> None:
