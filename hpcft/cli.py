@@ -11,26 +11,35 @@ a test compares the two.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import click
 
 from hpcft import __version__
-from hpcft.errors import ExitCode, HpcftError, NotFoundError
-
-if TYPE_CHECKING:
-    from click.shell_completion import CompletionItem
-
-    from hpcft.config import Config
-    from hpcft.rundir import RunDirectory
+from hpcft.cli_ckpt import ckpt_group
+from hpcft.errors import ExitCode, HpcftError
+from hpcft.options import (
+    Commands,
+    ReaderGone,
+    config_argument,
+    find,
+    from_option,
+    json_lines_option,
+    json_option,
+    load_config,
+    print_json,
+    root_option,
+    run_argument,
+    set_option,
+    with_options,
+)
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
@@ -40,37 +49,8 @@ BROKEN_PIPE = 141
 _UNLIMITED = 10_000
 """Columns where no terminal cuts a line."""
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-
-class _ReaderGone(click.ClickException):
-    """What we write to is a pipe that nobody reads any more. click itself would end with 1 there, a defect's code."""
-
-
-class _Commands(click.Group):
-    """Commands in the order in which a user meets them, and a word about the nearest one."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0]
-        if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:
-            near = difflib.get_close_matches(name, self.commands, 1)
-            meant = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(self.commands)}."
-            ctx.fail(f"No such command {name!r}. {meant}")
-        return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError as error:
-            raise _ReaderGone(str(error)) from error
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="hpcft %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
@@ -86,87 +66,11 @@ def cli(ctx: click.Context) -> None:
         ctx.color = False
 
 
-# --- what several commands share -------------------------------------------------------------------------------
-
-
-def _complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from click.shell_completion import CompletionItem
-
-    from hpcft.rundir import runs
-
-    names = [run.name for run in runs(ctx.params.get("root") or Path("runs"))]
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
-
-
-_config_argument = click.argument("config", type=click.Path(path_type=Path))
-_set_option = click.option(
-    "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of CONFIG; may be repeated."
-)
-_from_option = click.option(
-    "--from",
-    "from_step",
-    type=click.IntRange(min=0),
-    metavar="STEP",
-    help="Start from the checkpoint of this step, as a new branch, instead of the newest.",
-)
-
-
-def _expanded(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
-    """As in the configuration: no shell has seen what an environment variable or `--root=~/runs` says."""
-    return path.expanduser()
-
-
-_run_argument = click.argument("run", required=False, shell_complete=_complete_run)
-_root_option = click.option(
-    "--root",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    envvar="HPCFT_RUN__ROOT",
-    show_envvar=True,
-    callback=_expanded,
-    help="Where the run directories are.",
-)
-_json_lines_option = click.option("--json", "as_json", is_flag=True, help="One JSON object per line instead of text.")
-_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document instead of text.")
-
-
-def _with(*options: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
-    def decorate(function: _Function) -> _Function:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-def _load(config: Path, sets: Sequence[str]) -> Config:
-    from hpcft.config import load
-
-    return load(config, sets=sets, environ=os.environ)
-
-
-def _find(root: Path, run: str | None) -> RunDirectory:
-    from hpcft.rundir import RunDirectory, find_run
-
-    if run is not None and run.endswith(".toml") and Path(run).is_file():
-        section = _load(Path(run), ()).run
-        found = RunDirectory(section.root / section.name)
-        if not found.identity.is_file():
-            raise NotFoundError(f"the run {section.name} of {run} has not been started", f"hpcft submit {run}")
-        return found
-    return find_run(root, run)
-
-
-def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 # --- starting --------------------------------------------------------------------------------------------------
 
 
 @cli.command("run")
-@_with(_config_argument, _set_option, _from_option, _json_option)
+@with_options(config_argument, set_option, from_option, json_option)
 @click.option("--nodes", type=click.IntRange(min=1), metavar="N", help="Virtual nodes; default: local.nodes of CONFIG.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="K", help="Workers on each; default: local.workers.")
 def run_command(
@@ -187,7 +91,7 @@ def run_command(
     from hpcft.local import run_local
     from hpcft.rundir import RunDirectory
 
-    loaded = _load(config, sets)
+    loaded = load_config(config, sets)
     check_program(loaded)
     check_torch(loaded)
     code = run_local(
@@ -200,12 +104,12 @@ def run_command(
         report=lambda line: click.echo(line, err=as_json),
     )
     if as_json:
-        _print_json(status.read(RunDirectory(loaded.run.root / loaded.run.name)))
+        print_json(status.read(RunDirectory(loaded.run.root / loaded.run.name)))
     return code
 
 
 @cli.command("submit")
-@_with(_config_argument, _set_option, _from_option, _json_option)
+@with_options(config_argument, set_option, from_option, json_option)
 @click.option("--dry-run", is_flag=True, help="Check all, print the exact command and script, submit nothing.")
 @click.argument("sbatch_args", nargs=-1, type=click.UNPROCESSED)
 def submit_command(
@@ -225,13 +129,13 @@ def submit_command(
     """
     from hpcft import submit
 
-    job = submit.prepare(config, _load(config, sets), sets=sets, from_step=from_step, sbatch_args=sbatch_args)
+    job = submit.prepare(config, load_config(config, sets), sets=sets, from_step=from_step, sbatch_args=sbatch_args)
     if dry_run:
-        _print_json(job.as_dict()) if as_json else click.echo(job.text(), nl=False)
+        print_json(job.as_dict()) if as_json else click.echo(job.text(), nl=False)
         return ExitCode.OK
     job_id = submit.send(job)
     if as_json:
-        _print_json({"job_id": job_id, **job.as_dict()})
+        print_json({"job_id": job_id, **job.as_dict()})
     else:
         click.echo(f"job {job_id} submitted; run directory {job.run_directory}")
         click.echo(f"what it does: hpcft status {job.run_directory}")
@@ -239,7 +143,7 @@ def submit_command(
 
 
 @cli.command("agent")
-@_with(_config_argument, _set_option, _from_option)
+@with_options(config_argument, set_option, from_option)
 def agent_command(config: Path, sets: tuple[str, ...], from_step: int | None) -> NoReturn:
     """The daemon of one node.
 
@@ -250,11 +154,11 @@ def agent_command(config: Path, sets: tuple[str, ...], from_step: int | None) ->
     keeper.hold_signals()
     from hpcft import node
 
-    node.keep(_load(config, sets), from_step=from_step)
+    node.keep(load_config(config, sets), from_step=from_step)
 
 
 @cli.command("wait")
-@_with(_config_argument, _set_option, _from_option)
+@with_options(config_argument, set_option, from_option)
 @click.option(
     "--srun", type=int, metavar="PID", help="The step's srun: if it ends and no verdict follows, so does this."
 )
@@ -269,7 +173,7 @@ def wait_command(config: Path, sets: tuple[str, ...], from_step: int | None, sru
     from hpcft.rundir import RunDirectory
     from hpcft.slurm.environment import from_environment
 
-    section = _load(config, sets).run
+    section = load_config(config, sets).run
     run = RunDirectory((section.root / section.name).resolve())
     verdict = verdicts.wait(run, from_environment(os.environ).start, srun)
     click.echo(f"{verdict.outcome.value}: {verdict.reason}", err=True)
@@ -280,7 +184,7 @@ def wait_command(config: Path, sets: tuple[str, ...], from_step: int | None, sru
 
 
 @cli.command("status")
-@_with(_run_argument, _root_option, _json_option)
+@with_options(run_argument, root_option, json_option)
 @click.option("--watch", is_flag=True, help="Once a second, until the run has ended or you press Ctrl-C.")
 def status_command(run: str | None, root: Path, as_json: bool, watch: bool) -> int:
     """What is going on, in one screen.
@@ -290,12 +194,12 @@ def status_command(run: str | None, root: Path, as_json: bool, watch: bool) -> i
     """
     from hpcft import status
 
-    found = _find(root, run)
+    found = find(root, run)
     while True:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
         snapshot = status.read(found)
         if as_json:
-            click.echo(json.dumps(snapshot, ensure_ascii=False)) if watch else _print_json(snapshot)
+            click.echo(json.dumps(snapshot, ensure_ascii=False)) if watch else print_json(snapshot)
         else:
             if watch and sys.stdout.isatty():
                 click.echo("\x1b[H\x1b[2J", nl=False)
@@ -306,7 +210,7 @@ def status_command(run: str | None, root: Path, as_json: bool, watch: bool) -> i
 
 
 @cli.command("logs")
-@_with(_run_argument, _root_option, _json_lines_option)
+@with_options(run_argument, root_option, json_lines_option)
 @click.option("--rank", type=click.IntRange(min=0), metavar="R", help="Only this worker.")
 @click.option("--node", metavar="NODE", help="Only this node.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with what is written from now on, until Ctrl-C.")
@@ -323,7 +227,7 @@ def logs_command(
     from hpcft import logview
 
     written = False
-    for line in logview.read(_find(root, run), rank=rank, node=node, lines=lines, follow=follow):
+    for line in logview.read(find(root, run), rank=rank, node=node, lines=lines, follow=follow):
         written = True
         click.echo(json.dumps(line.as_dict(), ensure_ascii=False) if as_json else line.text())
     if rank is not None and lines and not written:
@@ -332,7 +236,7 @@ def logs_command(
 
 
 @cli.command("ledger")
-@_with(_run_argument, _root_option, _json_option)
+@with_options(run_argument, root_option, json_option)
 def ledger_command(run: str | None, root: Path, as_json: bool) -> int:
     """Which samples were used, and how often.
 
@@ -342,53 +246,22 @@ def ledger_command(run: str | None, root: Path, as_json: bool) -> int:
     from hpcft import reports
     from hpcft.data import account
 
-    report = account.report(_find(root, run).path)
-    _print_json(reports.ledger_as_dict(report)) if as_json else click.echo(reports.ledger_text(report))
+    report = account.report(find(root, run).path)
+    print_json(reports.ledger_as_dict(report)) if as_json else click.echo(reports.ledger_text(report))
     return ExitCode.OK if report.exact else ExitCode.DAMAGED
 
 
-@cli.group("ckpt", cls=_Commands)
-def ckpt_group() -> None:
-    """Checkpoints of a run."""
-
-
-@ckpt_group.command("ls")
-@_with(_run_argument, _root_option, _json_option)
-def ckpt_ls_command(run: str | None, root: Path, as_json: bool) -> int:
-    """List them, the newest first."""
-    from hpcft import reports
-
-    listing = reports.list_checkpoints(_find(root, run))
-    _print_json(listing.as_dict()) if as_json else click.echo(listing.text())
-    return ExitCode.OK
-
-
-@ckpt_group.command("verify")
-@_with(_run_argument, _root_option, _json_option)
-@click.option(
-    "--step", type=click.IntRange(min=0), metavar="STEP", help="Only the checkpoint of this step; default: all."
-)
-def ckpt_verify_command(run: str | None, root: Path, as_json: bool, step: int | None) -> int:
-    """Read every byte and compare digests.
-
-    Exit code 16: something is damaged; the file, the place and the tensors are named. Exit code 14: something could
-    not be read, and nothing else is damaged.
-    """
-    from hpcft import reports
-
-    verification = reports.verify_checkpoints(_find(root, run), step)
-    _print_json(verification.as_dict()) if as_json else click.echo(verification.text())
-    return verification.exit_code
+cli.add_command(ckpt_group)
 
 
 @cli.command("stop")
-@_with(_run_argument, _root_option, _json_option)
+@with_options(run_argument, root_option, json_option)
 def stop_command(run: str | None, root: Path, as_json: bool) -> int:
     """Ask a live run to save and end."""
     from hpcft import operators
 
-    answer = operators.stop(_find(root, run))
-    _print_json({"answer": answer}) if as_json else click.echo(answer)
+    answer = operators.stop(find(root, run))
+    print_json({"answer": answer}) if as_json else click.echo(answer)
     return ExitCode.OK
 
 
@@ -397,7 +270,7 @@ def stop_command(run: str | None, root: Path, as_json: bool) -> int:
 
 @cli.command("doctor")
 @click.argument("config", type=click.Path(path_type=Path), required=False)
-@_with(_set_option, _json_option)
+@with_options(set_option, json_option)
 def doctor_command(config: Path | None, sets: tuple[str, ...], as_json: bool) -> int:
     """Find now what would fail later.
 
@@ -406,7 +279,7 @@ def doctor_command(config: Path | None, sets: tuple[str, ...], as_json: bool) ->
     """
     from hpcft import doctor
 
-    loaded = _load(config, sets) if config is not None else None
+    loaded = load_config(config, sets) if config is not None else None
     findings = []
     for finding in doctor.examine(loaded):
         findings.append(finding)
@@ -414,7 +287,7 @@ def doctor_command(config: Path | None, sets: tuple[str, ...], as_json: bool) ->
             colour = {"ok": "green", "warn": "yellow", "fail": "red"}[finding.grade]
             click.echo(f"{click.style(f'{finding.grade:4}', fg=colour)}  {finding.text()}")
     if as_json:
-        _print_json(doctor.as_dict(findings))
+        print_json(doctor.as_dict(findings))
     return doctor.exit_code(findings)
 
 
@@ -442,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = cli.main(given, prog_name="hpcft", standalone_mode=False)
         sys.stdout.flush()
-    except (_ReaderGone, BrokenPipeError):
+    except (ReaderGone, BrokenPipeError):
         # The interpreter flushes stdout once more when it ends, and would complain about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE

@@ -32,6 +32,8 @@ class ExitCode(IntEnum):
     """No such run, checkpoint, node or rank."""
     DAMAGED = 16
     """A checkpoint failed its verification."""
+    DIFFERENT = 17
+    """Two checkpoints that were compared differ."""
     REQUEUED = 75
     """The run goes on in another start (EX_TEMPFAIL): not a failure."""
 

@@ -15,7 +15,7 @@ import queue
 import resource
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -24,12 +24,11 @@ import orjson
 import uvloop
 
 from hpcft import durable, journal, keeper
+from hpcft import lineage as lineages
 from hpcft import status as status_view
 from hpcft.agent import Agent, Ended, Station
 from hpcft.cadence import SaveRules
 from hpcft.checkpoint import read as checkpoint_read
-from hpcft.checkpoint.layout import CheckpointDamagedError, CheckpointEntry, checkpoint_name, parse_name
-from hpcft.checkpoint.manifest import Manifest
 from hpcft.commits import Commits, Retention
 from hpcft.config import Config, check_program, check_torch
 from hpcft.errors import (
@@ -37,12 +36,11 @@ from hpcft.errors import (
     DamagedError,
     ExitCode,
     HpcftError,
-    NotFoundError,
     UnusableError,
     UsageError,
 )
 from hpcft.events import CheckpointRef, CheckpointsFound, Event
-from hpcft.ids import Generation, Incarnation, NodeId, RunId, Step
+from hpcft.ids import Incarnation, NodeId, RunId, Step
 from hpcft.jobs import LocalJob
 from hpcft.lanes import end_process
 from hpcft.leader import Leader, Office
@@ -58,7 +56,7 @@ from hpcft.store import forget_dns, quiet_torch
 from hpcft.terms import TermRecord
 from hpcft.units import Auto
 from hpcft.workers import LogLimits, PoolEvent, Workers
-from hpcft.world import Budget, World
+from hpcft.world import Budget
 
 log = logging.getLogger("hpcft.node")
 
@@ -247,7 +245,7 @@ def read_history(
     replayed = journal.replay(directory.journal)
     before = replayed.world
     on_disk = checkpoint_read.entries(directory.checkpoints)
-    lineage = _lineage(before, on_disk, run)
+    lineage = lineages.on_disk(before, on_disk, run)
     branch = f"--from {from_step} of job {allocation.job_id}"
     began_at = directory.branch_began_at(allocation.job_id)
     # the journal may have lost its end, but not what was committed on the branch since
@@ -267,47 +265,6 @@ def read_history(
             "`hpcft ckpt ls` lists them; start with --from STEP to go on from one, or under another run.name anew",
         )
     return replayed, CheckpointsFound(tuple(lineage))
-
-
-def _lineage(before: World, on_disk: Sequence[CheckpointEntry], run: RunId) -> list[CheckpointRef]:
-    """What this term may start from, oldest first.
-
-    The journal's last leader may have committed more than it could write down: it died, or the disk was full. Nobody
-    has gone on from an older checkpoint since, for no later term has a journal. So the newest checkpoint of its term
-    counts, and those that it descends from.
-    """
-    there = {checkpoint_name(each.step, each.generation): each for each in on_disk}
-    known = [each for each in before.checkpoints if checkpoint_name(each.step, each.generation) in there]
-    if not before.checkpoints and before.generation == Generation(0):
-        return [CheckpointRef(each.step, each.generation) for each in on_disk]
-    last = max(((each.generation, each.step) for each in known), default=(Generation(0), Step(0)))
-    unwritten: list[CheckpointRef] = []
-    parent: str | None = None
-    for entry in reversed(on_disk):
-        if (entry.generation, entry.step) <= last:
-            break
-        manifest = _manifest(entry, run)
-        if manifest is None or manifest.term < before.term:
-            continue  # damaged, another run's, or a deposed leader's
-        name = checkpoint_name(entry.step, entry.generation)
-        if not unwritten or name == parent:
-            unwritten.insert(0, CheckpointRef(entry.step, entry.generation))
-            parent = manifest.parent
-    if not unwritten:
-        return known
-    ancestor = parse_name(parent) if parent is not None else None
-    if ancestor is None:
-        return unwritten
-    step, generation = ancestor  # it may be gone: then what was before it still counts
-    return [*(each for each in known if each.step <= step and each.generation <= generation), *unwritten]
-
-
-def _manifest(entry: CheckpointEntry, run: RunId) -> Manifest | None:
-    try:
-        return checkpoint_read.read_manifest(entry.directory, run)[0]
-    except (CheckpointDamagedError, NotFoundError) as error:
-        log.warning("%s is passed over: %s", entry.directory.name, error.message)
-        return None
 
 
 class _QueuedHandler(logging.handlers.QueueHandler):

@@ -6,16 +6,18 @@ Each report has `as_dict`, which is printed under `--json` and only ever grows, 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcft import status
-from hpcft.checkpoint import marks, read
+from hpcft.checkpoint import chunks, marks, read, readers, values
 from hpcft.checkpoint.layout import QUARANTINE, CheckpointDamagedError, CheckpointEntry, Damage
-from hpcft.errors import ExitCode, NotFoundError, UnusableError
+from hpcft.errors import ExitCode, HpcftError, NotFoundError, UnusableError
+from hpcft.ids import RunId
 from hpcft.rundir import RunDirectory
 from hpcft.units import counted, human_duration, human_size
 
@@ -205,8 +207,12 @@ class Verification:
         return "\n".join(line for each in self.checkpoints for line in each.lines())
 
 
-def verify_checkpoints(run: RunDirectory, step: int | None) -> Verification:
+def verify_checkpoints(
+    run: RunDirectory, step: int | None, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Verification:
     """Reads every byte of all checkpoints, or of those of one step, the newest first.
+
+    `progress` is told how many bytes have been read, and of how many.
 
     Raises:
         NotFoundError: there is none.
@@ -219,9 +225,19 @@ def verify_checkpoints(run: RunDirectory, step: int | None) -> Verification:
         raise NotFoundError(f"the run {run.name} has {wanted}", f"there are: {steps}")
     identity = run.run_id()
     checked = []
+    total = sum(_size(entry) for entry in chosen)
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(min(done, total), total)
+
     for entry in chosen:
         try:
-            checked.append(VerifiedCheckpoint(entry, tuple(read.verify(entry.directory, identity))))
+            with readers.reading(entry.directory):
+                found = tuple(read.verify(entry.directory, identity, count))
+            checked.append(VerifiedCheckpoint(entry, found))
         except NotFoundError:
             continue  # retired while we looked
         except read.UnreadableError as error:
@@ -229,6 +245,121 @@ def verify_checkpoints(run: RunDirectory, step: int | None) -> Verification:
         except UnusableError as error:
             checked.append(VerifiedCheckpoint(entry, (), _reason(error)))
     return Verification(run.name, tuple(checked))
+
+
+def _size(entry: CheckpointEntry) -> int:
+    """As its manifest has it; 0 where that cannot be used, which whoever verifies it will say."""
+    try:
+        return read.read_manifest(entry.directory)[0].size
+    except (HpcftError, OSError):
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What was given to `run.restore` under one name."""
+
+    name: str
+    tensors: int
+    bytes: int
+    others: int
+    """Values that are no tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTensor:
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    pieces: int
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """One checkpoint, as its manifest and `state.json` tell."""
+
+    name: str
+    directory: str
+    run: str
+    step: int
+    generation: int
+    term: int
+    created: float
+    parent: str | None
+    marks: tuple[str, ...]
+    world_size: int
+    mesh: Mapping[str, int]
+    versions: Mapping[str, str]
+    position: Mapping[str, Any] | None
+    files: int
+    bytes: int
+    parts: tuple[Part, ...]
+    tensors: tuple[HeldTensor, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self, every_tensor: bool) -> str:
+        mesh = ", ".join(f"{name} {length}" for name, length in self.mesh.items())
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        age = human_duration(max(0.0, time.time() - self.created))
+        created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.created))
+        rows = [
+            ("checkpoint", ", ".join([self.name, *self.marks])),
+            ("directory", self.directory),
+            ("run", self.run),
+            ("step", str(self.step)),
+            ("written", f"{created} ({age} ago), generation {self.generation}, term {self.term}"),
+            ("after", self.parent or "nothing: the first of its run"),
+            ("ranks", f"{self.world_size} ({mesh})"),
+            ("size", f"{human_size(self.bytes)} in {counted(self.files, 'file')}"),
+            ("versions", versions or "unknown"),
+        ]
+        if self.position is not None:
+            rows.append(("data", ", ".join(f"{key} {value}" for key, value in self.position.items())))
+        lines = [f"{name:>10}  {value}" for name, value in rows]
+        lines += ["", f"{'PART':<20}  {'TENSORS':>8}  {'SIZE':>10}  {'OTHER VALUES':>12}"]
+        lines += [f"{p.name:<20}  {p.tensors:>8}  {human_size(p.bytes):>10}  {p.others:>12}" for p in self.parts]
+        if every_tensor:
+            lines += ["", *(f"{t.name}  {t.dtype} {list(t.shape)}  {human_size(t.bytes)}" for t in self.tensors)]
+        return "\n".join(lines)
+
+
+def describe(directory: Path, run: RunId | None = None) -> Details:
+    """What is in a checkpoint. Only manifest and `state.json` are read.
+
+    Raises:
+        CheckpointDamagedError: one of the two is damaged. NotFoundError: no such checkpoint.
+    """
+    with chunks.opened(directory, run) as opened:
+        manifest = opened.manifest
+        pieces = Counter(item.piece.name for entry in manifest.files for item in entry.tensors)
+        parts = []
+        for name, value in values.parts(opened.state()).items():
+            held = [opened.tensors[each] for each in values.tensor_names(value)]
+            parts.append(Part(name, len(held), sum(each.nbytes for each in held), values.count_others(value)))
+    return Details(
+        name=manifest.name,
+        directory=str(directory.resolve()),
+        run=manifest.run,
+        step=manifest.step,
+        generation=manifest.generation,
+        term=manifest.term,
+        created=manifest.created,
+        parent=manifest.parent,
+        marks=(marks.PINNED,) if manifest.name in marks.pinned(directory.parent) else (),
+        world_size=manifest.world_size,
+        mesh=manifest.mesh,
+        versions=manifest.versions,
+        position=manifest.position,
+        files=len(manifest.files),
+        bytes=manifest.size,
+        parts=tuple(parts),
+        tensors=tuple(
+            HeldTensor(name, each.dtype, each.shape, each.nbytes, pieces[name]) for name, each in opened.tensors.items()
+        ),
+    )
 
 
 # --- the ledger ------------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ from hpcft.cli import cli
 _HEAD = """\
 # Commands
 
-<!-- Printed by `make docs`; change hpcft/cli.py, not this page. -->
+<!-- Printed by `make docs`; change hpcft/cli.py and hpcft/cli_ckpt.py, not this page. -->
 
 CONFIG is a configuration file ([configuration.md](configuration.md)). RUN is the name of a run, its directory, or its
 configuration file; without it, the run that is live is meant, else the newest under `--root`. If several are live,
-they are listed. What each command exits with is in [exit-codes.md](exit-codes.md).
+they are listed. CHECKPOINT, A and B are a step, the name of a checkpoint (`step-00001200-g0007`), or the directory of
+one; of a step that two branches have passed, the newer one's is meant. What each command exits with is in
+[exit-codes.md](exit-codes.md).
 
 Errors go to stderr as `error: …` and `hint: …`; under `--json` as one JSON object
 `{"error": {"message", "hint", "code", "kind"}}`. Colours appear on terminals only, and not where `NO_COLOR` is set.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hpcft import durable
 from hpcft.checkpoint.layout import MARKS, TRASH, CheckpointEntry, parse_name, parse_staging, staging_name
+from hpcft.checkpoint.marks import pinned
 from hpcft.ids import Generation, Step
 
 PER_SECOND = 200.0
@@ -102,18 +103,21 @@ def discard(root: Path, name: str, nonce: str) -> None:
 def put_into_trash(root: Path, names: Sequence[str]) -> None:
     """Takes them out of sight, into the trash: a few renames, however large they are.
 
-    Those that are not there are passed over.
+    Those that are not there are passed over. One that was pinned meanwhile is put back (see `marks.pin`).
     """
     if not names:
         return
     trash = root / TRASH
     durable.make_directory(trash)
+    gone = {}
     for name in names:
         if parse_name(name) is None and parse_staging(name) is None and not durable.is_aside(name):
             raise ValueError(f"{name!r} is not a checkpoint")
-        _bin(root, trash, name)
+        if (binned := _bin(root, trash, name)) is not None and parse_name(name) is not None:
+            gone[name] = binned
+    for name in pinned(root) & gone.keys():
+        gone.pop(name).rename(root / name)
     durable.sync_directory(root)
-    gone = {name for name in names if parse_name(name) is not None}
     for file in _listed(root / MARKS):
         if file.rpartition(".")[0] in gone:
             with suppress(FileNotFoundError):
@@ -127,7 +131,8 @@ def emptying(root: Path) -> Iterator[None]:
         yield from _delete(trash / name)
 
 
-def _bin(root: Path, trash: Path, name: str) -> None:
+def _bin(root: Path, trash: Path, name: str) -> Path | None:
+    """Where it is now; None: there was nothing."""
     for attempt in range(1000):
         # The same unfinished name can come a second time, from a rank that was late.
         target = trash / (name if attempt == 0 else f"{name}.{attempt}")
@@ -135,7 +140,9 @@ def _bin(root: Path, trash: Path, name: str) -> None:
             continue
         with suppress(FileNotFoundError):
             (root / name).rename(target)
-        return
+            return target
+        return None
+    return None
 
 
 def _delete(path: Path) -> Iterator[None]:

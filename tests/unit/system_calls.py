@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-DURABLE = frozenset({"open", "write", "fsync", "close", "rename", "link", "unlink", "mkdir", "rmdir"})
+DURABLE = frozenset({"open", "write", "pwrite", "fsync", "close", "rename", "link", "unlink", "mkdir", "rmdir"})
 """Calls after each of which the disk may look different."""
 
 

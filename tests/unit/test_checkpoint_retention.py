@@ -7,11 +7,13 @@ from checkpoint_samples import NONCE, committed, listing, pin, save, sweep, trai
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpcft.checkpoint import marks
 from hpcft.checkpoint.layout import MARKS, CheckpointEntry, checkpoint_name, staging_name
 from hpcft.checkpoint.marks import mark_verified, pinned, verified
-from hpcft.checkpoint.read import entries
+from hpcft.checkpoint.read import entries, verify
 from hpcft.checkpoint.retention import best, discard, newest, retire, stale
 from hpcft.checkpoint.tree import flatten
+from hpcft.errors import NotFoundError
 from hpcft.ids import Generation, Step
 from tests.search import sampled
 
@@ -184,6 +186,23 @@ def test_pinned_ones_stay_until_the_mark_goes_and_marks_go_with_their_checkpoint
     assert retire(entries(tmp_path), 1, None, pinned(tmp_path)) == ()
     (tmp_path / MARKS / f"{one.name}.pinned").unlink()
     assert retire(entries(tmp_path), 1, None, pinned(tmp_path)) == (one.name,)
+    # Whoever retires has looked at the marks before this one was made: it comes back.
     pin(tmp_path, one.name)
     sweep(tmp_path, [one.name])
+    assert verify(one.directory) == []
+    unpinned = CheckpointEntry(Step(1), Generation(1), one.directory)
+    assert (marks.unpin(unpinned), marks.unpin(unpinned)) == (True, False)
+    sweep(tmp_path, [one.name])
     assert listing(tmp_path / MARKS) == ["notes.pinned"]
+
+
+def test_pinning_is_durable_and_may_be_repeated_and_finds_out_what_is_gone(tmp_path: Path) -> None:
+    committed(tmp_path, 1)
+    (one,) = entries(tmp_path)
+    assert (marks.pin(one), marks.pin(one)) == (True, False)
+    assert pinned(tmp_path) == {one.name}
+    marks.unpin(one)
+    sweep(tmp_path, [one.name])
+    with pytest.raises(NotFoundError, match="has just been retired"):
+        marks.pin(one)
+    assert pinned(tmp_path) == frozenset()

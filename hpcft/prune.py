@@ -1,0 +1,200 @@
+"""Retention by hand: which checkpoints of a run an operator may delete, and deleting them. No torch.
+
+The rules are those of the leader's own retention (`checkpoint.retention`), over the same lineage; what stays in
+addition has a reason that is shown: it is pinned, the run would go on from it, its present generation was restored
+from it, another command reads it. The leader may be at work meanwhile. It only ever adds checkpoints of its own
+generation, which are none of ours, and turns to older ones when it finds the newest damaged; so the plan is made once
+more right before anything goes, and only what both plans name is retired.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from hpcft import durable, journal, lineage, terms
+from hpcft.checkpoint import read, retention
+from hpcft.checkpoint.layout import TRASH, CheckpointEntry, checkpoint_name
+from hpcft.checkpoint.marks import pinned
+from hpcft.checkpoint.readers import excluded
+from hpcft.errors import DamagedError
+from hpcft.events import CheckpointRef
+from hpcft.ids import Generation
+from hpcft.rundir import RunDirectory, is_live
+from hpcft.units import counted, human_size
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What an operator has asked for."""
+
+    keep: int | None
+    """The newest ones of the lineage; None: no checkpoint is retired."""
+    keep_every: int | None
+    """And those of every so many steps."""
+    trash: bool
+    """Also what failed saves have left, and what is in the trash already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    run: str
+    live: bool
+    """Its leader is at work."""
+    retired: tuple[CheckpointEntry, ...]
+    """Oldest first."""
+    protected: Mapping[str, str]
+    """Names of those that the rules alone would retire, and why they stay."""
+    leftovers: tuple[str, ...]
+    """Unfinished checkpoints that nobody will finish, and what is in the trash."""
+    bytes: int
+
+    @property
+    def empty(self) -> bool:
+        return not self.retired and not self.leftovers
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "live": self.live,
+            "retired": [each.name for each in self.retired],
+            "protected": dict(self.protected),
+            "leftovers": list(self.leftovers),
+            "bytes": self.bytes,
+        }
+
+    def text(self) -> str:
+        lines = [f"{each.name}: to be deleted" for each in self.retired]
+        lines += [f"{name}: stays, {why}" for name, why in self.protected.items()]
+        lines += [f"{name}: left over, to be deleted" for name in self.leftovers]
+        return "\n".join([*lines, self.summary() if not self.empty else "there is nothing to delete"])
+
+    def summary(self) -> str:
+        parts = [counted(len(self.retired), "checkpoint")] if self.retired else []
+        parts += [counted(len(self.leftovers), "leftover")] if self.leftovers else []
+        return f"{' and '.join(parts)}, {human_size(self.bytes)}"
+
+
+def plan(run: RunDirectory, rules: Rules) -> Plan:
+    """What would be deleted now.
+
+    Raises:
+        DamagedError: the journal does not say which checkpoints count.
+    """
+    root = run.checkpoints
+    live = is_live(run)
+    over = not live and _is_over(run)
+    before = journal.replay(run.journal).world
+    on_disk = read.entries(root)
+    counting = lineage.on_disk(before, on_disk, run.run_id()) if on_disk else []
+    if on_disk and not counting:
+        raise DamagedError(
+            f"{root} has {len(on_disk)} checkpoints, but the journal of {run.name} knows none of them",
+            "which of them count is not known, so none is deleted; `hpcft ckpt ls` lists them",
+        )
+    protected: dict[str, str] = dict.fromkeys(pinned(root), "it is pinned")
+    if not over and before.formation is not None and before.formation.restore is not None:
+        protected[_name(before.formation.restore)] = "the present generation was restored from it"
+    if counting:
+        protected[_name(counting[-1])] = "the run would go on from it"
+    retired = _retired(on_disk, counting, before.generation, rules, frozenset())
+    for entry in on_disk:
+        if entry.name in retired and entry.name not in protected:
+            with excluded(entry.directory) as alone:
+                if not alone:
+                    protected[entry.name] = "it is being read"
+    gone = _retired(on_disk, counting, before.generation, rules, protected.keys())
+    leftovers = _leftovers(root, before.generation, over) if rules.trash else ()
+    chosen = tuple(each for each in on_disk if each.name in gone)
+    return Plan(
+        run=run.name,
+        live=live,
+        retired=chosen,
+        protected={name: why for name, why in protected.items() if name in retired},
+        leftovers=leftovers,
+        bytes=sum(_size(each.directory) for each in chosen) + sum(_size(root / name) for name in leftovers),
+    )
+
+
+def carry_out(run: RunDirectory, agreed: Plan, rules: Rules) -> Plan:
+    """Deletes what was agreed on, as far as it may still go; returns that.
+
+    Whatever ends it early, a checkpoint is there as a whole or not at all, and the next one empties the trash.
+    """
+    root = run.checkpoints
+    names = {each.name for each in agreed.retired}
+    now = plan(run, rules)
+    retired = [each for each in now.retired if each.name in names]
+    leftovers = tuple(name for name in now.leftovers if name in agreed.leftovers)
+    done = replace(now, leftovers=leftovers, bytes=sum(_size(root / name) for name in leftovers))
+    with ExitStack() as stack:
+        retired = [each for each in retired if stack.enter_context(excluded(each.directory))]
+        size = sum(_size(each.directory) for each in retired)
+        staging = [name for name in leftovers if not name.startswith(f"{TRASH}/")]
+        retention.put_into_trash(root, [*(each.name for each in retired), *staging])
+    gone = tuple(each for each in retired if not each.directory.exists())  # one was pinned at the last moment
+    for _ in retention.emptying(root):
+        time.sleep(1 / retention.PER_SECOND)
+    return replace(done, retired=gone, bytes=done.bytes + size)
+
+
+def _retired(
+    on_disk: list[CheckpointEntry],
+    counting: list[CheckpointRef],
+    generation: Generation,
+    rules: Rules,
+    protected: AbstractSet[str],
+) -> frozenset[str]:
+    if rules.keep is None:
+        return frozenset()
+    live = frozenset(map(_name, counting))
+    lineage_entries = [each for each in on_disk if each.name in live]
+    return frozenset(
+        (
+            *retention.retire(lineage_entries, rules.keep, rules.keep_every, protected),
+            *retention.retire_abandoned(on_disk, live, generation, rules.keep, rules.keep_every, protected),
+        )
+    )
+
+
+def _leftovers(root: Path, generation: Generation, over: bool) -> tuple[str, ...]:
+    """Of a generation that may still be at work, nothing is left over; nor is what its leader is just writing."""
+    stale = retention.stale(root, Generation(generation + 1) if over else generation)
+    trash = root / TRASH
+    binned = [f"{TRASH}/{path.name}" for path in trash.iterdir()] if trash.is_dir() else []
+    return (*(name for name in stale if over or not durable.is_aside(name)), *sorted(binned))
+
+
+def _is_over(run: RunDirectory) -> bool:
+    """Whether its last leader has let go: one that is only silent may come back."""
+    try:
+        if orjson.loads(run.status.read_bytes()).get("verdict") is not None:
+            return True
+    except (OSError, ValueError, AttributeError):
+        pass
+    holder = terms.newest(run.terms)
+    return holder is None or terms.lease(run.terms, holder.term).released
+
+
+def _name(checkpoint: CheckpointRef) -> str:
+    return checkpoint_name(checkpoint.step, checkpoint.generation)
+
+
+def _size(path: Path) -> int:
+    """Bytes that deleting it would free; what goes meanwhile counts nothing."""
+    total = 0
+    for directory, _, files in os.walk(path):
+        for name in files:
+            try:
+                total += os.lstat(Path(directory, name)).st_size
+            except OSError:
+                continue
+    return total
