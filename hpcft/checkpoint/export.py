@@ -83,7 +83,7 @@ class Exported:
             f"{human_size(self.bytes)} in {counted(self.files, 'file')}"
         ]
         if self.left_out:
-            lines.append(f"left out: {counted(self.left_out, 'value')} that are no tensors")
+            lines.append(f"left out, for it is no tensor: {counted(self.left_out, 'value')}")
         if self.converted:
             lines.append(f"converted to what stock readers take: {', '.join(self.converted)}")
         return "\n".join(lines)
