@@ -34,12 +34,14 @@ if TYPE_CHECKING:
 def ckpt_group() -> None:
     """Checkpoints of a run.
 
-    CHECKPOINT is a step, the name of a checkpoint (step-00001200-g0007), or the directory of one. Of a step that two
-    branches have passed, the newer one's is meant.
+    CHECKPOINT is a step, the name of a checkpoint (step-00001200-g0007), the directory of one, or `latest`, the one
+    committed last. Of a step that two branches have passed, the newer one's is meant.
     """
 
 
 # --- which checkpoint ------------------------------------------------------------------------------------------
+
+_LATEST = "latest"
 
 
 def _complete_checkpoint(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -52,7 +54,8 @@ def _complete_checkpoint(ctx: click.Context, param: click.Parameter, incomplete:
         found = entries(find(ctx.params.get("root") or Path("runs"), ctx.params.get("run")).checkpoints)
     except (HpcftError, OSError):
         return []
-    words = {str(each.step): None for each in reversed(found)} | {each.name: None for each in reversed(found)}
+    words = {_LATEST: None} if found else {}
+    words |= {str(each.step): None for each in reversed(found)} | {each.name: None for each in reversed(found)}
     return [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
 
@@ -77,7 +80,7 @@ def _chosen(word: str, root: Path, run: str | None) -> tuple[CheckpointEntry, Ru
     from hpcft.checkpoint.read import entries, of_step
     from hpcft.ids import Step
 
-    if not word.isdecimal() and parse_name(word) is None:
+    if word != _LATEST and not word.isdecimal() and parse_name(word) is None:
         path = Path(word)
         parsed = parse_name(path.resolve().name)
         if parsed is None or not path.is_dir():
@@ -89,10 +92,11 @@ def _chosen(word: str, root: Path, run: str | None) -> tuple[CheckpointEntry, Ru
     found = find(root, run)
     if word.isdecimal():
         return of_step(found.checkpoints, Step(int(word))), found.run_id()
-    named = [each for each in entries(found.checkpoints) if each.name == word]
+    named = [each for each in entries(found.checkpoints) if word in (each.name, _LATEST)]
     if not named:
-        raise NotFoundError(f"{found.name} has no checkpoint {word}", "`hpcft ckpt ls` lists them")
-    return named[0], found.run_id()
+        which = "yet" if word == _LATEST else word
+        raise NotFoundError(f"{found.name} has no checkpoint {which}", "`hpcft ckpt ls` lists them")
+    return named[-1], found.run_id()
 
 
 # --- what takes long -------------------------------------------------------------------------------------------

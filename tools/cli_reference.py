@@ -17,7 +17,7 @@ _HEAD = """\
 CONFIG is a configuration file ([configuration.md](configuration.md)). RUN is the name of a run, its directory, or its
 configuration file; without it, the run that is live is meant, else the newest under `--root`. If several are live,
 they are listed. CHECKPOINT, A and B are a step, the name of a checkpoint (`step-00001200-g0007`), or the directory of
-one; of a step that two branches have passed, the newer one's is meant. What each command exits with is in
+one, or `latest`; of a step that two branches have passed, the newer one's is meant. What each command exits with is in
 [exit-codes.md](exit-codes.md).
 
 Errors go to stderr as `error: …` and `hint: …`; under `--json` as one JSON object
