@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcft import status
-from hpcft.checkpoint import chunks, marks, read, readers, values
+from hpcft.checkpoint import marks, read, readers, values
 from hpcft.checkpoint.layout import QUARANTINE, CheckpointDamagedError, CheckpointEntry, Damage
 from hpcft.errors import ExitCode, HpcftError, NotFoundError, UnusableError
 from hpcft.ids import RunId
@@ -332,6 +332,8 @@ def describe(directory: Path, run: RunId | None = None) -> Details:
     Raises:
         CheckpointDamagedError: one of the two is damaged. NotFoundError: no such checkpoint.
     """
+    from hpcft.checkpoint import chunks  # with numpy, for which a listing need not wait
+
     with chunks.opened(directory, run) as opened:
         manifest = opened.manifest
         pieces = Counter(item.piece.name for entry in manifest.files for item in entry.tensors)
