@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ import orjson
 
 from hpcft import durable, journal, lineage, terms
 from hpcft.checkpoint import read, retention
-from hpcft.checkpoint.layout import TRASH, CheckpointEntry, checkpoint_name
-from hpcft.checkpoint.marks import pinned
+from hpcft.checkpoint.layout import TRASH, CheckpointDamagedError, CheckpointEntry, checkpoint_name
+from hpcft.checkpoint.marks import pinned, verified
 from hpcft.checkpoint.readers import excluded
-from hpcft.errors import DamagedError
+from hpcft.errors import DamagedError, NotFoundError
 from hpcft.events import CheckpointRef
 from hpcft.ids import Generation
 from hpcft.rundir import RunDirectory, is_live
@@ -103,6 +103,10 @@ def plan(run: RunDirectory, rules: Rules) -> Plan:
     protected: dict[str, str] = dict.fromkeys(pinned(root), "it is pinned")
     if not over and before.formation is not None and before.formation.restore is not None:
         protected[_name(before.formation.restore)] = "the present generation was restored from it"
+    names = {_name(each) for each in counting}
+    mine = [each for each in on_disk if each.name in names]
+    protected |= dict.fromkeys(retention.newest(mine, verified(root)), "it is the newest that was read back")
+    protected |= dict.fromkeys(_best(run, mine), "it is one of checkpoint.keep_best")
     if counting:
         protected[_name(counting[-1])] = "the run would go on from it"
     retired = _retired(on_disk, counting, before.generation, rules, frozenset())
@@ -122,6 +126,27 @@ def plan(run: RunDirectory, rules: Rules) -> Plan:
         leftovers=leftovers,
         bytes=sum(_size(each.directory) for each in chosen) + sum(_size(root / name) for name in leftovers),
     )
+
+
+def _best(run: RunDirectory, mine: Sequence[CheckpointEntry]) -> frozenset[str]:
+    """Those that the run's own retention keeps for their metric, by its stored configuration.
+
+    UnusableError: one cannot be read, so that nobody knows.
+    """
+    try:
+        kept = orjson.loads(run.config.read_bytes())["checkpoint"]
+    except (OSError, ValueError, KeyError):
+        return frozenset()  # it has never been started
+    metric, count = kept.get("best_metric"), kept.get("keep_best", 0)
+    if not metric or not count:
+        return frozenset()
+    values = {}
+    for entry in mine:
+        with suppress(CheckpointDamagedError, NotFoundError):
+            found = read.read_manifest(entry.directory)[0].metrics.get(metric)
+            if found is not None:
+                values[entry.name] = found.value
+    return retention.best(mine, values, count, kept.get("best_mode", "min"))
 
 
 def carry_out(run: RunDirectory, agreed: Plan, rules: Rules) -> Plan:

@@ -128,6 +128,9 @@ def test_what_was_verified_is_marked_until_it_goes(tmp_path: Path) -> None:
     pin(tmp_path, one.name)
     assert verified(tmp_path) == pinned(tmp_path) == {one.name}
     sweep(tmp_path, [one.name])
+    assert verified(tmp_path) == {one.name}, "a pinned one stays"
+    (tmp_path / MARKS / f"{one.name}.pinned").unlink()
+    sweep(tmp_path, [one.name])
     assert listing(tmp_path / MARKS) == []
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import orjson
 import pytest
-from checkpoint_samples import NONCE, RUN, listing, save, training_state
+from checkpoint_samples import NONCE, RUN, facts, listing, save, training_state
 from checkpoint_samples import committed as commit_sample
 
 from hpcft import prune, terms
 from hpcft.checkpoint import marks, read
+from hpcft.checkpoint.commit import commit
 from hpcft.checkpoint.layout import checkpoint_name
 from hpcft.checkpoint.readers import reading
 from hpcft.checkpoint.retention import put_into_trash
@@ -207,3 +208,26 @@ async def test_a_run_without_checkpoints(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "fresh")
     run.prepare()
     assert prune.plan(run, Rules(1, None, trash=True)).empty
+
+
+async def test_the_best_and_the_newest_that_was_read_back_stay(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.prepare()
+    run.identity.write_bytes(orjson.dumps({"id": RUN, "name": "run"}))
+    run.config.write_bytes(orjson.dumps({"checkpoint": {"keep_best": 1, "best_metric": "loss", "best_mode": "min"}}))
+    losses = {10: 0.5, 20: 0.1, 30: 0.9, 40: 0.8, 50: 0.7}
+    events = formed(1, None)
+    for step, loss in losses.items():
+        reports = save(run.checkpoints, flatten(training_state(step)), step, 1, world_size=1, metrics={"loss": loss})
+        commit(run.checkpoints, reports, facts())
+        events.append(CheckpointCommitted(ref(step), 0.1, 1))
+    await journal_of(run, events)
+    say_status(run, "finished", {"outcome": "finished"})
+    for step in (10, 40):
+        marks.mark_verified(run.checkpoints, name(step))
+    plan = prune.plan(run, Rules(1, None, trash=False))
+    assert retired(plan) == [name(10), name(30)]
+    assert plan.protected == {
+        name(20): "it is one of checkpoint.keep_best",
+        name(40): "it is the newest that was read back",
+    }
