@@ -28,7 +28,7 @@ from typing import Any, assert_never
 
 from hpcft import process, stream, terms, verdicts, wire
 from hpcft import secret as run_secret
-from hpcft.errors import DamagedError, ExitCode, HpcftError, NotFoundError, UnusableError
+from hpcft.errors import DamagedError, ExitCode, HpcftError, NotFoundError, UnusableError, UsageError
 from hpcft.events import (
     Confirm,
     Event,
@@ -364,7 +364,7 @@ class Agent:
         log.info("%s: this agent leads term %d", why, record.term)
         try:
             leader = await self._lead(record, self._leaderless(sight))
-        except (DamagedError, NotFoundError) as error:
+        except (DamagedError, NotFoundError, UsageError) as error:
             await self._give_up_the_run(record, error)
             return
         except (OSError, UnusableError) as error:

@@ -87,13 +87,14 @@ def run_command(
     progress goes to stderr, and at the end the status of the run to stdout.
     """
     from hpcft import status
-    from hpcft.config import check_program, check_torch
+    from hpcft.config import check_mirror, check_program, check_torch
     from hpcft.local import run_local
     from hpcft.rundir import RunDirectory
 
     loaded = load_config(config, sets)
     check_program(loaded)
     check_torch(loaded)
+    check_mirror(loaded)
     code = run_local(
         loaded,
         config,
@@ -252,6 +253,56 @@ def ledger_command(run: str | None, root: Path, as_json: bool) -> int:
 
 
 cli.add_command(ckpt_group)
+
+
+@cli.group("mirror", cls=Commands)
+def mirror_group() -> None:
+    """Copies of a run's checkpoints in an object store (mirror.url)."""
+
+
+@mirror_group.command("ls")
+@with_options(run_argument, root_option, json_option)
+def mirror_ls_command(run: str | None, root: Path, as_json: bool) -> int:
+    """List the copies, the newest first."""
+    from hpcft.mirror import operate
+
+    copies = operate.list_copies(find(root, run))
+    print_json([copy.as_dict() for copy in copies]) if as_json else click.echo(operate.listing(copies))
+    return ExitCode.OK
+
+
+_copy_step_option = click.option(
+    "--step", type=click.IntRange(min=0), metavar="STEP", help="The checkpoint of this step; default: the newest."
+)
+
+
+@mirror_group.command("push")
+@with_options(run_argument, root_option, json_option, _copy_step_option)
+def mirror_push_command(run: str | None, root: Path, as_json: bool, step: int | None) -> int:
+    """Copy a checkpoint now, and wait for it.
+
+    A run that ends does not wait for its mirror: this brings its last checkpoint there.
+    """
+    from hpcft.mirror import operate
+
+    pushed = operate.push(find(root, run), step, report=lambda line: click.echo(line, err=True))
+    print_json(pushed.as_dict()) if as_json else click.echo(pushed.text())
+    return ExitCode.OK
+
+
+@mirror_group.command("pull")
+@with_options(run_argument, root_option, json_option, _copy_step_option)
+def mirror_pull_command(run: str | None, root: Path, as_json: bool, step: int | None) -> int:
+    """Bring a checkpoint back into the run directory.
+
+    A run whose checkpoints are all gone does that by itself when it starts. A checkpoint of another branch is gone on
+    from by --from STEP.
+    """
+    from hpcft.mirror import operate
+
+    name = operate.pull(find(root, run), step, report=lambda line: click.echo(line, err=True))
+    print_json({"restored": name}) if as_json else click.echo(f"{name} is back")
+    return ExitCode.OK
 
 
 @cli.command("stop")

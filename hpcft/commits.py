@@ -23,6 +23,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,16 @@ class Commits:
         run: RunId,
         retained: Retention,
         deliver: Callable[[Event], None],
+        held: Callable[[], AbstractSet[str]] = frozenset,
         *,
         verify: bool = False,
     ) -> None:
+        """`held`: names of checkpoints that must not be retired yet, somebody reads them. Called on a thread."""
         self._root = root
         self._run = run
         self._retained = retained
         self._deliver = deliver
+        self._held = held
         self._saves: _Saves | None = None
         self._origin: _Saves | None = None
         """Of the generation whose copies in memory the running one has started from: that state may become durable
@@ -302,7 +306,7 @@ class Commits:
         saves = self._saves
         used = [each.restore for each in (formation, saves.formation if saves else None) if each is not None]
         used += [self._to_verify, self._verified]
-        protected = marks.pinned(self._root) | {_name(each) for each in used if each is not None}
+        protected = marks.pinned(self._root) | self._held() | {_name(each) for each in used if each is not None}
         protected |= retention.newest(mine, marks.verified(self._root)) | self._best(mine)
         keep, keep_every = self._retained.keep, self._retained.keep_every or None
         retired = (

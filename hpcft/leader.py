@@ -25,6 +25,7 @@ from typing import Any, assert_never
 import orjson
 
 from hpcft import cadence, durable, stream, verdicts
+from hpcft.checkpoint.layout import checkpoint_name
 from hpcft.commits import Commits
 from hpcft.errors import HpcftError, UnusableError
 from hpcft.events import (
@@ -69,6 +70,7 @@ from hpcft.events import (
 from hpcft.ids import Generation, NodeId, Rank, RunId, Step
 from hpcft.journal import PROGRESS_LINES_PER_SECOND, PROGRESS_SECONDS, Journal, Replayed
 from hpcft.membership import may_lead
+from hpcft.mirror.supervisor import Mirror
 from hpcft.notices import JobControl, Notices
 from hpcft.operators import obeyed, spooled
 from hpcft.policy import Rules, decide
@@ -127,8 +129,9 @@ class Leader:
         rules: Rules,
         replayed: Replayed,
         control: JobControl,
-        commits: Callable[[Callable[[Event], None]], Commits],
+        commits: Callable[[Callable[[Event], None], Callable[[], frozenset[str]]], Commits],
         view: View,
+        mirror: Mirror | None = None,
     ) -> None:
         self._office = office
         self._rules = rules
@@ -147,7 +150,8 @@ class Leader:
         )
         self._renewal_wanted: float | None = None
         self._renewed_at = time.monotonic()
-        self._commits = commits(lambda event: self._post(event))
+        self._mirror = mirror
+        self._commits = commits(lambda event: self._post(event), mirror.held if mirror is not None else frozenset)
         self._journal = Journal(
             office.directory.journal,
             office.record.term,
@@ -238,6 +242,9 @@ class Leader:
             return  # no news: a late straggler, the hundredth echo of a broken collective
         if isinstance(event, CheckpointCommitted) and event.checkpoint in self.world.checkpoints:
             self._commits.retain(self.world.checkpoints)
+        if self._mirror is not None and self.world.checkpoints not in ((), before.checkpoints):
+            newest = self.world.checkpoints[-1]
+            self._mirror.follow(checkpoint_name(newest.step, newest.generation))
         self._journal.append(event, now)
         self._speak_of_copies(before, event)
         if isinstance(event, PLENTIFUL):
@@ -536,7 +543,11 @@ class Leader:
     def snapshot(self) -> dict[str, Any]:
         found = self._view(self.world, self._rules, self.now())
         if self._journal.failed is not None:
-            found["warnings"] = [f"the journal cannot be written, and is tried again: {self._journal.failed}"]
+            found["warnings"].append(f"the journal cannot be written, and is tried again: {self._journal.failed}")
+        if self._mirror is not None:
+            progress = self._mirror.progress()
+            found["mirror"] = progress.to_json()
+            found["warnings"] += [warning] if (warning := progress.warning()) else []
         return found
 
     async def _write_status(self) -> None:
@@ -570,6 +581,8 @@ class Leader:
 
     def _close(self) -> None:
         self._journal.close()
+        if self._mirror is not None:
+            self._mirror.close()
         self._commits.close()
         self._renewal.close()
         if self._heartbeats is not None:

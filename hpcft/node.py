@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import orjson
@@ -29,8 +29,9 @@ from hpcft import status as status_view
 from hpcft.agent import Agent, Ended, Station
 from hpcft.cadence import SaveRules
 from hpcft.checkpoint import read as checkpoint_read
+from hpcft.checkpoint.layout import checkpoint_name
 from hpcft.commits import Commits, Retention
-from hpcft.config import Config, check_program, check_torch
+from hpcft.config import Config, check_mirror, check_program, check_torch
 from hpcft.errors import (
     BelowMinimumError,
     DamagedError,
@@ -46,9 +47,12 @@ from hpcft.lanes import end_process
 from hpcft.leader import Leader, Office
 from hpcft.logs import RotatingFile
 from hpcft.membership import Timing
+from hpcft.mirror.operate import settings_of
+from hpcft.mirror.supervisor import Mirror, restored
 from hpcft.notices import JobControl
 from hpcft.policy import Rules
 from hpcft.ranks import Assignment, Ranks
+from hpcft.renewal import Renewal
 from hpcft.rundir import RunDirectory
 from hpcft.slurm.environment import Allocation, from_environment, own_address
 from hpcft.snapshots import Answer, Run, SaveSettings, Snapshots
@@ -97,6 +101,7 @@ def keep(config: Config, *, from_step: int | None = None) -> NoReturn:
         )
     check_program(config)
     check_torch(config)
+    check_mirror(config)
     slots = workers_of(config, allocation)
     directory = run_directory(config)
     directory.prepare()
@@ -206,6 +211,7 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
 
     async def lead(record: TermRecord, leaderless: float) -> Leader:
         await asyncio.to_thread(durable.replace, directory.config, config.to_json())
+        await _restore_what_is_lost(directory, run, config, record)
         replayed, found = await asyncio.to_thread(read_history, directory, run, allocation, orders.from_step)
         office = Office(
             run=run,
@@ -224,11 +230,48 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
             rules_of(config),
             replayed,
             control,
-            lambda deliver: Commits(directory.checkpoints, run, retained, deliver, verify=saves.verify),
+            lambda deliver, held: Commits(directory.checkpoints, run, retained, deliver, held, verify=saves.verify),
             status_view.snapshot,
+            Mirror(settings_of(config, run, directory.checkpoints)) if config.mirror.url else None,
         )
 
     return await Agent(station, inherited.page, workers, snapshots, ranks, lead).live()
+
+
+async def _restore_what_is_lost(directory: RunDirectory, run: RunId, config: Config, record: TermRecord) -> None:
+    """From the mirror, where there is one and no checkpoint is left, or this is a new run directory.
+
+    It may take long: the term is renewed meanwhile, or another agent would begin the same.
+    """
+    if not config.mirror.url:
+        return
+    there = await asyncio.to_thread(checkpoint_read.entries, directory.checkpoints)
+    if there:
+        return
+    before = (await asyncio.to_thread(journal.replay, directory.journal)).world
+    if before.generation and not before.checkpoints:
+        return  # it has trained, and has had none
+    known = {checkpoint_name(each.step, each.generation) for each in before.checkpoints}
+    loop = asyncio.get_running_loop()
+    deposed: asyncio.Future[str] = loop.create_future()
+    renewal = Renewal(
+        directory.terms, record.term, config.heartbeat.timeout / 5, lambda began: None, deposed.set_result
+    )
+    renewal.start()
+    restoring = asyncio.ensure_future(
+        restored(
+            settings_of(config, run, directory.checkpoints),
+            journaled=(before.term, known) if before.generation else None,
+        )
+    )
+    try:
+        await asyncio.wait((restoring, deposed), return_when=asyncio.FIRST_COMPLETED)
+        if not restoring.done():
+            raise UnusableError(deposed.result())
+        await restoring
+    finally:
+        restoring.cancel()
+        renewal.close()
 
 
 def read_history(
@@ -245,6 +288,9 @@ def read_history(
     replayed = journal.replay(directory.journal)
     before = replayed.world
     on_disk = checkpoint_read.entries(directory.checkpoints)
+    if on_disk and not before.generation:
+        # without a history, and restored from the mirror, say: their names are taken, and what comes is newer
+        replayed = replace(replayed, world=replace(before, generation=on_disk[-1].generation))
     lineage = lineages.on_disk(before, on_disk, run)
     branch = f"--from {from_step} of job {allocation.job_id}"
     began_at = directory.branch_began_at(allocation.job_id)

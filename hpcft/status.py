@@ -92,6 +92,7 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
             }
             for budget, limit in rules.budgets
         ],
+        "mirror": None,
         "warnings": list(_warnings(world)),
         "verdict": None
         if world.verdict is None
@@ -286,6 +287,8 @@ def _lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
         steps = [str(each["step"]) for each in status["checkpoints"]]
         yield f"  checkpoints {', '.join(steps[-6:]) or 'none yet'}{_saves(status)}"
         yield from cadence_lines(status, width)
+        if status.get("mirror") is not None:  # nor does an earlier version's file
+            yield f"  mirror      {_mirror(status['mirror'])}"
     budgets = [f"{each['cause']} {each['used']}/{each['limit']}" for each in status["budget"]]
     yield f"  budget      {', '.join(budgets)} used"
     yield from _node_lines(status, width)
@@ -327,6 +330,13 @@ def _saves(status: Mapping[str, Any]) -> str:
     if memory := max(saving["memory_bytes"].values(), default=0):
         parts.append(f"{human_size(memory)} of memory on a node")
     return "".join(f"; {part}" for part in parts)
+
+
+def _mirror(mirror: Mapping[str, Any]) -> str:
+    upto = "nothing yet" if mirror["mirrored"] is None else f"up to step {mirror['mirrored']}"
+    if mirror["uploading"] is None:
+        return upto
+    return f"{upto}; {mirror['uploading']} is under way, {human_size(mirror['bytes_left'])} to go"
 
 
 def _silence_of(status: Mapping[str, Any]) -> str:

@@ -68,15 +68,16 @@ def prepare(
     """Check what can be checked from here.
 
     Raises:
-        UsageError: the training program is not there or does not compile.
+        UsageError: the training program is not there or does not compile; obstore is missing for the mirror.
         BelowMinimumError: the job asks for fewer nodes than `nodes.min`.
         NotFoundError: there is no checkpoint of `from_step`.
         UnusableError: the run directory cannot be used; the run is being trained already.
     """
-    from hpcft.config import check_program
+    from hpcft.config import check_mirror, check_program
     from hpcft.rundir import RunDirectory, is_live
 
     check_program(config)
+    check_mirror(config)
     run = RunDirectory(config.run.root / config.run.name)
     script = SCRIPT.read_text()
     _check_nodes(config, script, sbatch_args)

@@ -9,6 +9,7 @@ import pytest
 
 from tests import search as search  # loads hypothesis' profile before any property is declared
 from tests.cluster import Cluster, missing
+from tests.object_store import CREDENTIALS, Store
 
 why_no_cluster = functools.cache(missing)
 
@@ -30,3 +31,17 @@ def cluster(cluster_of_module: Cluster) -> Iterator[Cluster]:
     """Four nodes, shared by a module's tests; each finds it whole and empty, whatever the one before did to it."""
     yield cluster_of_module
     cluster_of_module.reset()
+
+
+@pytest.fixture(scope="session")
+def store_of_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    with Store.start(tmp_path_factory.mktemp("store")) as store:
+        yield store
+
+
+@pytest.fixture
+def store(store_of_session: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An object store, and what it takes to use it. Every test makes buckets of its own."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    return store_of_session

@@ -156,6 +156,8 @@ class Manifest:
     files: tuple[FileEntry, ...]
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     """What the program has reported since the checkpoint before; by name."""
+    adopted: str | None = None
+    """Id of the run that has made it, if that was another one (see `mirror.restore`)."""
 
     @property
     def name(self) -> str:
@@ -198,6 +200,8 @@ class Manifest:
             },
             "files": [_file_to_json(entry) for entry in self.files],
         }
+        if self.adopted is not None:
+            body["adopted"] = self.adopted
         return seal("manifest", body)
 
     @classmethod
@@ -226,6 +230,7 @@ class Manifest:
             versions=fields.named("versions"),
             files=fields.each("files", _parse_file),
             metrics=parse_metrics(fields.optional_table("metrics"), "manifest"),
+            adopted=fields.optional_text("adopted"),
         )
         if flaw := manifest.flaw():
             raise fields.refuse(flaw)

@@ -9,7 +9,7 @@ was written. Nobody reads a file or a variable for a setting after that: the kee
 to every agent that it starts.
 
 `check_program` asks what the model cannot know: whether the training program is there and compiles; `check_torch`
-whether this Python has what the program needs of it.
+whether this Python has what the program needs of it; `check_mirror` whether it can reach an object store.
 
 pydantic takes about a tenth of a second to import: commands that have to answer at once import this package only
 when they need it. `python -m hpcft.config` prints the reference of all keys.
@@ -17,7 +17,7 @@ when they need it. `python -m hpcft.config` prints the reference of all keys.
 
 from hpcft.config.checking import ConfigError, Mistake
 from hpcft.config.model import Config
-from hpcft.config.preflight import check_program, check_torch
+from hpcft.config.preflight import check_mirror, check_program, check_torch
 from hpcft.config.reading import load
 
-__all__ = ["Config", "ConfigError", "Mistake", "check_program", "check_torch", "load"]
+__all__ = ["Config", "ConfigError", "Mistake", "check_mirror", "check_program", "check_torch", "load"]

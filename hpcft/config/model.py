@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, get_args, get_origin
 
@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic.fields import FieldInfo
 
 from hpcft.config.checking import ConfigError, Contradiction, Mistake, check
+from hpcft.places import flaw_of_endpoint, flaw_of_url
 from hpcft.units import (
     Auto,
     Cadence,
@@ -62,6 +63,20 @@ def _run_name(value: str) -> str:
             f"{value!r} cannot name a directory of its own: use 1 to 64 of the characters A-Z a-z 0-9 . _ -,"
             " the first one a letter, a digit or _"
         )
+    return value
+
+
+def _object_url(value: str) -> str:
+    return _without_flaw(value, flaw_of_url)
+
+
+def _endpoint(value: str) -> str:
+    return _without_flaw(value, flaw_of_endpoint)
+
+
+def _without_flaw(value: str, flaw_of: Callable[[str], str]) -> str:
+    if value and (flaw := flaw_of(value)):
+        raise ValueError(flaw)
     return value
 
 
@@ -319,6 +334,48 @@ class CheckpointSection(_Section):
         return self
 
 
+class MirrorSection(_Section):
+    """Copies of the checkpoints in an object store, see docs/object-storage.md. Needs `pip install 'hpcft[s3]'`."""
+
+    url: Annotated[str, AfterValidator(_object_url)] = Field(
+        "",
+        description="Where they go: `s3://bucket/prefix`; empty: there are none. Credentials never stand here: they "
+        "come from the environment, or from the instance.",
+    )
+    endpoint: Annotated[str, AfterValidator(_endpoint)] = Field(
+        "",
+        description="Address of a store that is not Amazon's, such as `https://minio.example.org:9000`; empty: as "
+        "`AWS_ENDPOINT_URL` says, else Amazon's.",
+    )
+    region: str = Field("", description="Region of the bucket; empty: as `AWS_REGION` says.")
+    every: Cadence = Field(
+        EverySteps(1),
+        description="Which checkpoints: the first one that is so many steps, or so long, after the one mirrored last. "
+        '`"1 step"`: each; `"off"`: none, though a lost directory is still restored.',
+    )
+    keep: int = Field(
+        3,
+        ge=1,
+        description="How many of the newest copies of this run are kept. Raise it to be able to go back further.",
+    )
+    max_bandwidth: Size = Field(
+        parse_size("0B"),
+        ge=0,
+        description='Bytes per second at most, such as `"100MiB"`; `"0B"`: no limit. Set it where training uses the '
+        "same network.",
+    )
+    read_back: bool = Field(
+        False,
+        description="Whether every object is read again after it was written. Otherwise only where the store's ETag "
+        "is no MD5 of it. Turn it on for a store that you do not trust.",
+    )
+    adopt: bool = Field(
+        False,
+        description="Whether a new run directory goes on from what a run of the same name with another id has "
+        "mirrored, as after the loss of a whole file system. Otherwise it refuses to begin, with exit code 16.",
+    )
+
+
 class DataSection(_Section):
     """How samples reach the workers."""
 
@@ -466,6 +523,7 @@ class Config(_Section):
     nodes: NodesSection = Field(default_factory=NodesSection)
     heartbeat: HeartbeatSection = Field(default_factory=HeartbeatSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    mirror: MirrorSection = Field(default_factory=MirrorSection)
     data: DataSection = Field(default_factory=DataSection)
     recovery: RecoverySection = Field(default_factory=RecoverySection)
     slurm: SlurmSection = Field(default_factory=SlurmSection)

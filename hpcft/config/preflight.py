@@ -45,6 +45,12 @@ def check_torch(config: Config) -> None:
         )
 
 
+def check_mirror(config: Config) -> None:
+    """Raises UsageError if there is to be a mirror and obstore is not installed."""
+    if config.mirror.url and importlib.util.find_spec("obstore") is None:
+        raise UsageError("mirror.url needs obstore, which is not installed", "pip install 'hpcft[s3]'")
+
+
 def _check_script(script: Path, key: str) -> None:
     if script.is_dir():
         raise UsageError(f"{key}: {script} is a directory", "name a Python file in it")

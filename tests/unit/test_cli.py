@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     ("run",), ("submit",), ("agent",), ("wait",), ("status",), ("logs",), ("ledger",),
     ("ckpt", "ls"), ("ckpt", "show"), ("ckpt", "verify"), ("ckpt", "diff"), ("ckpt", "pin"), ("ckpt", "unpin"),
-    ("ckpt", "prune"), ("ckpt", "export"), ("stop",), ("doctor",), ("completion",),
+    ("ckpt", "prune"), ("ckpt", "export"), ("mirror", "ls"), ("mirror", "push"), ("mirror", "pull"),
+    ("stop",), ("doctor",), ("completion",),
 ]  # fmt: skip
 FORBIDDEN = ("torch", "pydantic", "rich", "numpy", "asyncio", "psutil")
 

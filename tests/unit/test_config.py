@@ -211,8 +211,8 @@ def test_all_mistakes_are_reported_together(written: Path) -> None:
         "  job.toml: checkpoint.zzz: unknown key; [checkpoint] has every, every_min, every_max, mtbf, mode, busy, "
         "slots, memory, low_memory, max_bandwidth, keep, keep_every, keep_best, best_metric, best_mode, verify",
         "  --set: checkpoint.kep: unknown key; did you mean checkpoint.keep?",
-        "  --set: foo: unknown section; there are run, job, nodes, heartbeat, checkpoint, data, recovery, slurm,"
-        " logs, local, drill, train",
+        "  --set: foo: unknown section; there are run, job, nodes, heartbeat, checkpoint, mirror, data, recovery,"
+        " slurm, logs, local, drill, train",
         "  job.toml: run.seed: must be at least 0, not -1",
         "  job.toml: job.args[1]: must be text in quotes, not 3",
         "  job.toml: nodes.min: must be at least 1, not 0",

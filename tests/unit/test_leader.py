@@ -105,7 +105,7 @@ def a_leader(run: RunDirectory, control: JobControl, address: tuple[str, int] = 
         Rules(Timing(1.0, 3.0, 5.0), minimum_nodes=2, join_timeout=0.2),
         Replayed(World(), 0.0, None, 0),
         control,
-        commits=lambda deliver: SimpleNamespace(close=lambda: None, settled=lambda step: False),  # type: ignore[arg-type, return-value]
+        commits=lambda deliver, held: SimpleNamespace(close=lambda: None, settled=lambda step: False),  # type: ignore[arg-type, return-value]
         view=lambda world, rules, now: {},
     )
 

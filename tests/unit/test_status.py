@@ -47,6 +47,7 @@ from hpcft.events import (
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 from hpcft.journal import Journal, replay
 from hpcft.membership import Timing
+from hpcft.mirror.plan import Progress
 from hpcft.policy import Rules, decide
 from hpcft.rundir import RunDirectory
 from hpcft.units import Auto
@@ -498,6 +499,21 @@ def test_what_the_leader_warns_of_is_shown() -> None:
     rules = Rules(Timing(0.5, 2.0, 5.0), minimum_nodes=1)
     found = {**status.snapshot(World(), rules, 1.0), "warnings": ["the journal cannot be written: No space left"]}
     assert "warning: the journal cannot be written: No space left" in status.render(found, COLUMNS)
+
+
+def test_how_far_the_mirror_is(tmp_path: Path) -> None:
+    found, _ = Scene(("node1",)).training(50).shown(tmp_path)
+    for progress, line in (
+        (Progress(), "mirror      nothing yet"),
+        (Progress(mirrored=Step(40)), "mirror      up to step 40"),
+        (
+            Progress(Step(40), "step-00000050-g0001", 3 << 30, 1),
+            "mirror      up to step 40; step-00000050-g0001 is under way, 3 GiB to go",
+        ),
+    ):
+        found["mirror"] = progress.to_json()
+        conforms(found)
+        assert line in status.render(found, COLUMNS)
 
 
 def test_a_leader_that_fell_silent(tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""The mirror by hand: `hpcft mirror ls`, `push` and `pull`. All of it blocks until it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpcft.bucket import Bucket
+from hpcft.checkpoint import read
+from hpcft.checkpoint.manifest import Manifest
+from hpcft.errors import DamagedError, NotFoundError, UsageError
+from hpcft.ids import RunId, Step
+from hpcft.mirror.plan import Keys, Mirrored, Settings
+from hpcft.mirror.restore import restore
+from hpcft.mirror.upload import Throttle, Uploads
+from hpcft.places import Place
+from hpcft.rundir import RunDirectory
+from hpcft.units import human_size
+
+if TYPE_CHECKING:
+    from hpcft.config import Config
+
+_REPORT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One checkpoint in the store. Of a damaged manifest nothing but the name is known."""
+
+    step: int
+    generation: int
+    checkpoint: str
+    size: int | None
+    """Bytes of its files."""
+    created: float | None
+    """When it was committed, in seconds since the epoch."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        return f"{self.checkpoint} is mirrored" + ("" if self.size is None else f" ({human_size(self.size)})")
+
+
+def settings_of(config: Config, run: RunId, checkpoints: Path) -> Settings:
+    """What the mirror's processes need of a configuration."""
+    wanted = config.mirror
+    return Settings(
+        place=Place(wanted.url, wanted.endpoint, wanted.region),
+        name=config.run.name,
+        run=run,
+        root=str(checkpoints),
+        every=wanted.every,
+        keep=wanted.keep,
+        bandwidth=wanted.max_bandwidth,
+        read_back=wanted.read_back,
+        adopt=wanted.adopt,
+    )
+
+
+def list_copies(run: RunDirectory) -> list[Copy]:
+    """The newest first. UsageError: the run has no mirror. BucketError: the store failed."""
+    uploads, _ = _uploads(run)
+    copies = []
+    for which in reversed(uploads.offered()):
+        manifest: Manifest | None = None
+        try:
+            manifest = uploads.manifest(which)
+        except NotFoundError:
+            continue  # deleted since
+        except DamagedError:
+            pass
+        copies.append(_copy(which, manifest))
+    return copies
+
+
+def listing(copies: list[Copy]) -> str:
+    """For people."""
+    if not copies:
+        return "there are no copies"
+    rows = [f"{'STEP':>10}  {'GENERATION':>10}  {'SIZE':>10}  COMMITTED"]
+    for each in copies:
+        size = "damaged" if each.size is None else human_size(each.size)
+        when = "" if each.created is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.created))
+        rows.append(f"{each.step:>10}  {each.generation:>10}  {size:>10}  {when}")
+    return "\n".join(rows)
+
+
+def push(run: RunDirectory, step: int | None, report: Callable[[str], None]) -> Copy:
+    """Mirrors the newest checkpoint, or that of `step`. Nothing is deleted from the store.
+
+    NotFoundError: there is no such checkpoint. CheckpointDamagedError: it is not what was committed.
+    """
+    uploads, settings = _uploads(run)
+    there = read.entries(run.checkpoints)
+    if step is None and not there:
+        raise NotFoundError(f"{run.name} has no checkpoint")
+    entry = there[-1] if step is None else read.of_step(run.checkpoints, Step(step))
+    said = _Paced(report)
+    manifest = uploads.upload(
+        entry.directory, settings.run, lambda left: said(f"{entry.name}: {human_size(left)} to go")
+    )
+    return _copy(Mirrored.of(manifest), manifest)
+
+
+def pull(run: RunDirectory, step: int | None, report: Callable[[str], None]) -> str:
+    """Restores the newest copy that is sound, or that of `step`; returns its name.
+
+    NotFoundError: there is none. RefusedError: see `restore.restore`.
+    """
+    _, settings = _uploads(run)
+    said = _Paced(report)
+    name = restore(
+        Bucket(settings.place, settings.request_seconds),
+        run.checkpoints,
+        settings.name,
+        settings.run,
+        adopt=settings.adopt,
+        step=None if step is None else Step(step),
+        progress=lambda checkpoint, left: said(f"{checkpoint}: {human_size(left)} to go"),
+    )
+    if name is None:
+        raise NotFoundError(f"the mirror has no checkpoint of a run {settings.name}", settings.place.url)
+    return name
+
+
+def _uploads(run: RunDirectory) -> tuple[Uploads, Settings]:
+    from hpcft.config import Config
+
+    try:
+        config = Config.from_json(run.config.read_bytes(), str(run.config))
+    except FileNotFoundError:
+        raise NotFoundError(f"the run {run.name} has not been started yet", "hpcft submit CONFIG") from None
+    if not config.mirror.url:
+        raise UsageError(f"the run {run.name} has no mirror", "set mirror.url; the next start of the run reads it")
+    settings = settings_of(config, run.run_id(), run.checkpoints)
+    bucket = Bucket(settings.place, settings.request_seconds)
+    keys, throttle = Keys(settings.name, settings.run), Throttle(settings.bandwidth)
+    return Uploads(bucket, keys, throttle, read_back=settings.read_back), settings
+
+
+def _copy(which: Mirrored, manifest: Manifest | None) -> Copy:
+    size, created = (None, None) if manifest is None else (manifest.size, manifest.created)
+    return Copy(which.step, which.generation, which.checkpoint, size, created)
+
+
+class _Paced:
+    """Says no more than one line every few seconds."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._at = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        if time.monotonic() >= self._at + _REPORT_SECONDS:
+            self._at = time.monotonic()
+            self._report(line)
