@@ -1,7 +1,7 @@
 """Samples for training: an order for each epoch, batches for any world, loading, and the record of what was used.
 
-`hpcft.data.Data` and `hpcft.data.JsonLines` are what user code needs. They are loaded on first use, so that
-`hpcft.data.ledger` (and with it `hpcft ledger`) imports no torch.
+`hpcft.data.Data`, `hpcft.data.JsonLines` and `hpcft.data.S3JsonLines` are what user code needs. They are loaded on
+first use, so that `hpcft.data.ledger` (and with it `hpcft ledger`) imports no torch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpcft.data.jsonl import JsonLines as JsonLines
     from hpcft.data.loader import Data as Data
+    from hpcft.data.remote import S3JsonLines as S3JsonLines
 
-__all__ = ["Data", "JsonLines"]
+__all__ = ["Data", "JsonLines", "S3JsonLines"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from hpcft.data.jsonl import JsonLines
 
         return JsonLines
+    if name == "S3JsonLines":
+        from hpcft.data.remote import S3JsonLines
+
+        return S3JsonLines
     raise AttributeError(f"module 'hpcft.data' has no attribute {name!r}")

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from hpcft import durable
 from hpcft.errors import ExitCode, HpcftError, UsageError
 
-_Starts: TypeAlias = NDArray[np.int64]
+Starts: TypeAlias = NDArray[np.int64]
 
 _SCANNED_BYTES = 32 * 1024 * 1024
 _OPEN_SHARDS = 64
@@ -63,7 +63,7 @@ class JsonLines:
         """
         self.shards = _shards(source)
         directory = Path(cache) if cache is not None else None
-        self._starts: list[_Starts] = []
+        self._starts: list[Starts] = []
         self._sizes: list[int] = []
         for path in self.shards:
             starts, size = _indexed(path, directory)
@@ -140,7 +140,7 @@ def _shards(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -
     return shards
 
 
-def _indexed(path: Path, cache: Path | None) -> tuple[_Starts, int]:
+def _indexed(path: Path, cache: Path | None) -> tuple[Starts, int]:
     """Where the records of a shard start, and its size."""
     stat = path.stat()
     if cache is None:
@@ -152,11 +152,11 @@ def _indexed(path: Path, cache: Path | None) -> tuple[_Starts, int]:
         np.save(content, _scanned(path, stat.st_size), allow_pickle=False)
         cache.mkdir(parents=True, exist_ok=True)
         durable.replace(kept, content.getbuffer())
-    starts: _Starts = np.load(kept, mmap_mode="r", allow_pickle=False)
+    starts: Starts = np.load(kept, mmap_mode="r", allow_pickle=False)
     return starts, stat.st_size
 
 
-def _scanned(path: Path, size: int) -> _Starts:
+def _scanned(path: Path, size: int) -> Starts:
     """The start of every line that is not blank."""
     if size == 0:
         return np.zeros(0, dtype=np.int64)

@@ -37,6 +37,9 @@ from hpcft.data.ledger import LedgerWriter
 from hpcft.data.order import Ids
 from hpcft.errors import UsageError
 
+_ANNOUNCED = 8
+"""Requests of which a data set that fetches ahead is told before they are made."""
+
 
 @dataclass(frozen=True, slots=True)
 class Portion:
@@ -89,6 +92,8 @@ class Data:
     ) -> None:
         """UsageError: no batches can be made of this."""
         self._plan = _Plan(_length(dataset), batch_size, micro_batch, shuffle, epochs)
+        self._fingerprint: str | None = getattr(dataset, "fingerprint", None)
+        self._plan.expect = getattr(dataset, "expect", None)
         self._fetching = Fetching(dataset, collate_fn or default_collate)
         self._own = (workers, prefetch, seed)
         self._workers = workers or 0
@@ -188,10 +193,10 @@ class Data:
             self._ledger.record(step, batch, np.concatenate([np.zeros(0, np.int64), *used]))
         passes.clear()
 
-    def state_dict(self) -> dict[str, int | bool]:
+    def state_dict(self) -> dict[str, int | bool | str]:
         """The position, and what it depends on. As of the last completed step, whatever has been fetched since."""
         plan = self._plan
-        return {
+        state: dict[str, int | bool | str] = {
             "epoch": self._position.epoch,
             "offset": self._position.offset,
             "samples": plan.samples,
@@ -199,6 +204,9 @@ class Data:
             "seed": plan.seed,
             "shuffle": plan.shuffle,
         }
+        if self._fingerprint is not None:
+            state["fingerprint"] = self._fingerprint
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to the position of `state`; an iteration that is under way goes on from there.
@@ -217,6 +225,11 @@ class Data:
                     "each sample once per epoch holds only for the same data in the same batches: "
                     "put it back, or start a new run",
                 )
+        if None not in (self._fingerprint, then := state.get("fingerprint")) and self._fingerprint != then:
+            raise UsageError(
+                "the state to restore was made with other data: objects have changed, come or gone since",
+                "each sample once per epoch holds only for the same data: put it back, or start a new run",
+            )
         position = Position(int(state["epoch"]), int(state["offset"]))
         global_batch(position, plan.samples, plan.batch_size)
         self._restored_seed = int(state["seed"])
@@ -339,16 +352,39 @@ class _Plan:
         self.start = Position()
         self.index = 0
         self.ahead: deque[Portion] = deque()
+        self.expect: Callable[[tuple[int, ...]], None] | None = None
+        """Told which samples are next, a few requests ahead."""
 
     def __iter__(self) -> Iterator[Request]:
         self.ahead.clear()
+        rows = self._rows()
+        if self.expect is None:
+            for portion, request in rows:
+                self.ahead.append(portion)
+                yield request
+            return
+        announced: deque[tuple[Portion, Request]] = deque()
+        more = True
+        while more or announced:
+            while more and len(announced) <= _ANNOUNCED:
+                following = next(rows, None)
+                if following is None:
+                    more = False
+                else:
+                    self.expect(following[1].ids)
+                    announced.append(following)
+            if announced:
+                portion, request = announced.popleft()
+                self.ahead.append(portion)
+                yield request
+
+    def _rows(self) -> Iterator[tuple[Portion, Request]]:
         position, index = self.start, self.index
         while self.epochs is None or position.epoch < self.epochs:
             batch = global_batch(position, self.samples, self.batch_size)
             for micro in micro_batches(batch, self.rank, self.world_size, self.micro_batch)[index:]:
                 ids = self._ids(batch, micro)
-                self.ahead.append(Portion(micro, ids))
-                yield Request(batch.epoch, tuple(ids.tolist()), self.seed)
+                yield Portion(micro, ids), Request(batch.epoch, tuple(ids.tolist()), self.seed)
             position, index = advance(batch, self.samples), 0
 
     def after(self, done: MicroBatch) -> tuple[Position, int]:

@@ -305,7 +305,7 @@ def test_a_killed_process_is_gone_on_with(
 
 def test_a_store_that_hangs_holds_up_nobody(settings: Settings, store: Store, root: Path) -> None:
     name = committed(root, 10).name
-    with mirroring(replace(settings, request_seconds=1.0)) as mirror:
+    with mirroring(replace(settings, request_seconds=0.5)) as mirror:
         with store.hanging():
             mirror.follow(name)
             until("a word about it", lambda: "no answer" in mirror.progress().warning())
