@@ -2,8 +2,8 @@
 
 The bytes go to a directory of a temporary name beside the checkpoints, each chunk compared with its digest on the way
 and all of it synced; the manifest is written, and the directory gets its name: the protocol by which it was
-committed in the first place (docs/checkpoint-format.md). A kill at any moment leaves what nobody is offered and the
-next generation sweeps.
+committed in the first place (docs/checkpoint-format.md). A kill at any moment leaves what nobody is offered, and the
+next try sweeps.
 
 A checkpoint that belongs to a run of the same name with another id is *adopted*, if the configuration says so: its
 manifest is sealed anew as this run's, and says in `adopted` whose it was. The files are the same.
@@ -26,7 +26,7 @@ from shutil import rmtree
 
 from hpcft import durable
 from hpcft.bucket import Bucket
-from hpcft.checkpoint.layout import MANIFEST, staging_name
+from hpcft.checkpoint.layout import MANIFEST, parse_staging, staging_name
 from hpcft.checkpoint.manifest import FileEntry, Manifest
 from hpcft.checkpoint.read import read_manifest
 from hpcft.durable import CHUNK_BYTES
@@ -148,6 +148,7 @@ def _download(
         progress(which.checkpoint, left)
 
     try:
+        _sweep(root, which.checkpoint)
         _check_room(root, manifest.size)
         durable.make_directory(staging)
         try:
@@ -170,6 +171,14 @@ def _download(
             "look at free space, quota and permissions",
         ) from error
     log.info("%s is restored from the mirror (%s)", which.checkpoint, human_size(manifest.size))
+
+
+def _sweep(root: Path, checkpoint: str) -> None:
+    """What killed processes left of it, which may be all the room there is."""
+    for path in list(root.iterdir()):
+        staging = parse_staging(path.name)
+        if staging is not None and staging[0] == checkpoint:
+            rmtree(path, ignore_errors=True)
 
 
 def _check_room(root: Path, needed: int) -> None:

@@ -19,7 +19,7 @@ import pytest
 from checkpoint_samples import RUN, commit, committed, contents, facts, listing, save, training_state
 
 from hpcft.bucket import Bucket, BucketError
-from hpcft.checkpoint.layout import CheckpointDamagedError
+from hpcft.checkpoint.layout import CheckpointDamagedError, staging_name
 from hpcft.checkpoint.read import read_manifest, verify
 from hpcft.checkpoint.tree import flatten
 from hpcft.cli import main
@@ -131,6 +131,9 @@ def test_what_comes_back_is_what_was_committed(bucket: Bucket, store: Store, roo
     assert (left[0], left[-1]) == (manifest.size, 0)
     assert keys(bucket, f"{NAME}/{RUN}/manifests/") == [f"{NAME}/{RUN}/manifests/{name}-{manifest.nonce}.json"]
     home = tmp_path / "home"
+    killed = home / staging_name(name, "deadbeef")
+    killed.mkdir(parents=True)
+    (killed / "shard-00000-of-00003.safetensors").write_bytes(b"half")
     assert back(bucket, home) == name
     assert contents(home / name) == contents(root / name)
     assert listing(home) == [name]
