@@ -11,7 +11,7 @@ from hpcft.checkpoint.layout import parse_name
 from hpcft.checkpoint.manifest import Manifest
 from hpcft.ids import Generation, RunId, Step
 from hpcft.places import Place
-from hpcft.units import Cadence, EverySeconds, EverySteps, Never, cadence_text, counted, human_size, parse_cadence
+from hpcft.units import Auto, Cadence, EverySeconds, EverySteps, Never, cadence_text, counted, human_size, parse_cadence
 
 _NAMED = re.compile(r"(step-\d{8,}-g\d{4,})-([0-9a-z]{4,32})")
 
@@ -107,6 +107,8 @@ def due(every: Cadence, last: tuple[Step, float] | None, step: Step, created: fl
     A run that went back to before it begins anew: what counts is then the branch that goes on.
     """
     match every:
+        case Auto():
+            return True  # what is made as often as pays
         case Never():
             return False
         case _ if last is None or step < last[0]:
