@@ -550,8 +550,8 @@ class Agent:
                     self._say(WorldRefused(self._station.node, self._incarnation, term, generation))
                 case ExtendLease(until):
                     self._page.lease_until_ns = int(until * 1e9)
-                case SaveAt(step, stop):
-                    self._page.order_word = Order(step, stop).word
+                case SaveAt(step, stop, in_memory):
+                    self._page.order_word = Order(step, stop, in_memory).word
                 case KeepCopies(generation, step):
                     self._snapshots.keep(generation, step)
                 case ForgetCopies(generation, step):

@@ -338,6 +338,33 @@ class Saving:
         return saving, saving.order
 
 
+# --- copies in memory ---
+
+
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """Copies in memory that go by the clock. One that some rank has missed is given up: another follows soon."""
+
+    told_at: float = 0.0
+    """Run clock; before the first order, of the generation's beginning."""
+    ordered: Step | None = None
+
+    def next(
+        self, world: World, pace: Pace, now: float, every: Cadence, *, saving: bool
+    ) -> tuple[Copying, Step | None, Step | None]:
+        """After a look at the world: what stands, the step to be copied if one is to be told, and one to be forgotten.
+
+        While a save is ordered (`saving`) there is no room for another order, nor need: its copies are as good.
+        """
+        if world.phase is not Phase.RUNNING or world.training_since is None or saving:
+            return self, None, None
+        if not due(every, world, now, self.told_at):
+            return self, None, None
+        missed = self.ordered if self.ordered is not None and not world.taken(self.ordered) else None
+        step = meeting_step(world, pace, now, SAVE_LEAD_SECONDS)
+        return Copying(now, step), step, missed
+
+
 # --- the last save of a start ---
 
 

@@ -639,6 +639,8 @@ class OrderSave:
     generation: Generation
     step: Step
     stop: bool
+    in_memory: bool = False
+    """Only a copy is wanted. Who comes too late for it has none, and it is of no use to anybody."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,7 @@ class Leader:
         self._heartbeats: HeartbeatReader | None = None
         self._meeting: tuple[Generation, StoreServer] | None = None
         self._saving = cadence.Saving(told_at=self.now())
+        self._copying = cadence.Copying(self.now())
         self._pace = cadence.Pace()
         self._notices = Notices(control, office.end_lead, self.feed, self._spawn, self._last_save)
         self._requeueing: asyncio.Task[None] | None = None
@@ -291,6 +292,7 @@ class Leader:
             case Propose(formation):
                 self._commits.follow(formation)
                 self._saving = cadence.Saving(told_at=self.now())
+                self._copying = cadence.Copying(self.now())
                 self._renewal_wanted = time.monotonic()
                 self._renewal.hurry()
                 self._broadcast(Prepare(formation))
@@ -491,6 +493,14 @@ class Leader:
         every = cadence.in_force(self._rules.saving, self.world, now)
         saving, told = self._saving.next(self.world, self._pace, now, every, settled)
         self._stand_by(saving, told)
+        busy = self._saving.order is not None
+        copies = self._rules.snapshot_every
+        self._copying, step, missed = self._copying.next(self.world, self._pace, now, copies, saving=busy)
+        formation, term = self.world.formation, self._office.record.term
+        if step is not None and formation is not None:
+            if missed is not None:
+                self._broadcast(Forget(term, formation.generation, missed))
+            self._broadcast(OrderSave(term, formation.generation, step, stop=False, in_memory=True))
 
     def _last_save(self) -> cadence.LastSave | None:
         return cadence.last_save(self.world, self._pace, self.now())

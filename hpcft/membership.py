@@ -104,6 +104,7 @@ class ExtendLease:
 class SaveAt:
     step: Step
     stop: bool
+    in_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +210,8 @@ class Membership:
                 return started, (*effects, *more)
             case Probe(term):
                 return self, (LookAt(order),) if term >= self.term else ()
-            case OrderSave(term, generation, step, stop):
-                return self, (SaveAt(step, stop),) if self._runs(term, generation) else ()
+            case OrderSave(term, generation, step, stop, in_memory):
+                return self, (SaveAt(step, stop, in_memory),) if self._runs(term, generation) else ()
             case Keep(term, generation, step):
                 return self, (KeepCopies(generation, step),) if self._runs(term, generation) else ()
             case Forget(term, generation, step):

@@ -58,7 +58,7 @@ from hpcft.slurm.environment import Allocation, from_environment, own_address
 from hpcft.snapshots import Answer, Run, SaveSettings, Snapshots
 from hpcft.store import forget_dns, quiet_torch
 from hpcft.terms import TermRecord
-from hpcft.units import Auto
+from hpcft.units import Auto, Never
 from hpcft.workers import LogLimits, PoolEvent, Workers
 from hpcft.world import Budget
 
@@ -151,6 +151,7 @@ def rules_of(config: Config) -> Rules:
         no_progress_generations=recovery.no_progress_generations,
         saves=config.job.command is None,
         saving=SaveRules(saves.every, saves.mtbf, saves.every_min, saves.every_max),
+        snapshot_every=saves.snapshot_every,
         requeue=config.slurm.requeue,
     )
 
@@ -198,7 +199,8 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
 
     def snapshots(answer: Answer, run: Run) -> Snapshots:
         kept = config.checkpoint
-        settings = SaveSettings(directory.checkpoints, kept.memory, kept.slots, kept.max_bandwidth)
+        slots = kept.slots + (not isinstance(kept.snapshot_every, Never))  # one is written while others come and go
+        settings = SaveSettings(directory.checkpoints, kept.memory, slots, kept.max_bandwidth)
         return Snapshots(settings, node, answer, run)
 
     def ranks(

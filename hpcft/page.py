@@ -101,19 +101,21 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the agent asks of all workers of the node: a checkpoint at a step, and perhaps to stop there."""
+    """What the agent asks of all workers of the node: a checkpoint at a step, and perhaps to stop there; or a copy."""
 
     save_at_step: int
     stop_after_save: bool
+    in_memory: bool = False
+    """A copy is made, and not written."""
 
     @property
     def word(self) -> int:
-        return self.save_at_step << 1 | self.stop_after_save
+        return self.save_at_step << 2 | self.in_memory << 1 | self.stop_after_save
 
     @classmethod
     def from_word(cls, word: int) -> Order | None:
         """None when there is no order (the word is 0)."""
-        return cls(word >> 1, bool(word & 1)) if word else None
+        return cls(word >> 2, bool(word & 1), bool(word & 2)) if word else None
 
 
 LET_GO = Order(0, stop_after_save=True)

@@ -45,7 +45,7 @@ from hpcft.events import (
 )
 from hpcft.ids import Generation, Rank
 from hpcft.membership import Timing, takes_effect
-from hpcft.units import counted, human_duration
+from hpcft.units import Cadence, Never, counted, human_duration
 from hpcft.world import Budget, Node, Phase, World
 
 NOTHING = Decided((), "")
@@ -83,6 +83,8 @@ class Rules:
     """Infrastructure failures within the window after which a node is left out, if enough others are there."""
     saves: bool = True
     """The program writes checkpoints with hpcft (a plain command does not)."""
+    snapshot_every: Cadence = Never()
+    """How often the state is copied into memory, without being written."""
     requeue: bool = True
     stop_within: float = 60.0
     """How long an operator's stop waits for the last checkpoint."""

@@ -320,7 +320,7 @@ def worker_spec(
     """What one worker is told at its start (docs/interfaces.md)."""
     config = assignment.config
     nodes = [member.node for member in formation.members]
-    every = config.checkpoint.every
+    every, copied = config.checkpoint.every, config.checkpoint.snapshot_every
     return {
         "run_id": assignment.run,
         "run_dir": str(assignment.run_directory),
@@ -345,6 +345,7 @@ def worker_spec(
         "seed": config.run.seed,
         "checkpoint": {
             "every_steps": every.steps if isinstance(every, EverySteps) else None,
+            "copy_steps": copied.steps if isinstance(copied, EverySteps) else None,
             "copies": config.checkpoint.mode == "async",
             "waits": config.checkpoint.busy == "wait",
             "needs_copies": config.checkpoint.low_memory == "stop",

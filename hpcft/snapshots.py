@@ -375,7 +375,11 @@ class Snapshots:
             return
         copy.digests = fds[0]
         self._took(copy.rank, copy.step)
-        await self._write(share, slot, copy)
+        if copy.message["durable"]:
+            await self._write(share, slot, copy)
+        else:
+            copy.work = None
+            self._release(share, slot)
 
     async def _write(self, share: _Share, slot: _Slot, copy: _Copy) -> None:
         copy.since = copy.heard_at = time.monotonic()

@@ -24,6 +24,7 @@ from hpcft.units import (
     Duration,
     EverySteps,
     Lead,
+    Never,
     Size,
     Written,
     duration_text,
@@ -101,6 +102,12 @@ PROGRAMS = ("module", "script", "command")
 _Path: TypeAlias = Annotated[Path, Field(strict=False)]
 _Strings: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
 _Modules: TypeAlias = Annotated[tuple[Annotated[str, AfterValidator(_module_name)], ...], Field(strict=False)]
+
+
+def _no_auto(value: Cadence) -> Cadence:
+    if isinstance(value, Auto):
+        raise ValueError("'auto' is for checkpoint.every; write '20 steps', '5s' or 'off'")
+    return value
 
 
 class _Section(BaseModel):
@@ -255,6 +262,12 @@ class CheckpointSection(_Section):
         gt=0,
         description="Mean time between failures of the whole job as you expect it: it counts in `auto` like one "
         "failure seen in this time, beside those that do happen. Lower it for many nodes, raise it for few.",
+    )
+    snapshot_every: Annotated[Cadence, AfterValidator(_no_auto)] = Field(
+        Never(),
+        description='How often the state is copied into memory beyond that, without being written: `"20 steps"`, '
+        '`"5s"` or `"off"`. After the death of a worker training goes on from the newest such copy, which is written '
+        "then, too. Takes the memory of one more copy.",
     )
     mode: Literal["async", "sync"] = Field(
         "async",

@@ -82,6 +82,11 @@ class Arenas:
         self._hear(0.0)
         return bool(self._free) or not self._slots
 
+    def has_slot(self) -> bool:
+        """Whether a copy can be made at once."""
+        self._hear(0.0)
+        return bool(self._free)
+
     def take(self) -> int:
         """A slot that may be written, as soon as there is one.
 

@@ -35,7 +35,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
@@ -405,11 +405,12 @@ class Run:
 
     def _plan_save(self) -> None:
         """Find the next step, this one included, at which something is due."""
-        step, every = self._step, self._spec.save_every
-        cadence = _NEVER if not every else -(-step // every) * every
-        if cadence in (self._saving.last, self._saving.left_out) or not cadence:
-            cadence += every or 0
-        self._due = min(cadence, _NEVER if self._order is None else self._order.save_at_step)
+        saving, spec = self._saving, self._spec
+        self._due = min(
+            _next(self._step, spec.save_every, (saving.last, saving.left_out)),
+            _next(self._step, spec.copy_every, (saving.last, saving.left_out, saving.last_copy)),
+            _NEVER if self._order is None else self._order.save_at_step,
+        )
 
     def _look_for_memory(self, step: int) -> None:
         """After the first step of this generation the optimizers have their state, so that it is known how much."""
@@ -418,11 +419,16 @@ class Run:
         self._look_at = _NEVER if self._saving.prepared() else step + 1
 
     def _save_due(self) -> None:
-        step = self._step
-        # what was ordered is not left out: the leader waits for it, and it may be the last
-        self._saving.save(Step(step), wait=self._order is not None and self._order.save_at_step == step)
-        if self._order is not None and self._order.save_at_step == step:
-            if self._order.stop_after_save:
+        step, every = self._step, self._spec.save_every
+        order = self._order if self._order is not None and self._order.save_at_step == step else None
+        if order is not None and not order.in_memory:
+            self._saving.save(Step(step), wait=True)  # not left out: the leader waits for it, and it may be the last
+        elif every and not step % every:
+            self._saving.save(Step(step))
+        else:
+            self._saving.copy(Step(step), all_at_once=order is None)
+        if order is not None:
+            if order.stop_after_save:
                 self._hold()
             else:
                 self._order = None
@@ -456,6 +462,14 @@ class Run:
     def _current_pass(self) -> MicroBatch | None:
         current = None if self._data is None else self._data.current
         return None if current is None else current.micro
+
+
+def _next(step: int, every: int | None, done: Container[Step | None]) -> int:
+    """The first multiple of `every` from `step` on, without 0 and those that are done; none is further than one on."""
+    if not every:
+        return _NEVER
+    multiple = -(-step // every) * every
+    return multiple + every if not multiple or multiple in done else multiple
 
 
 class _Loss:

@@ -102,6 +102,8 @@ class Saving:
         self._data: Data | None = None
         self._ledger: LedgerWriter | None = None
         self.last: Step | None = None
+        self.last_copy: Step | None = None
+        """The last step of which a copy was tried that is not written."""
         self.left_out: Step | None = None
         """The last step of which the save was left out, on all ranks."""
         self.metrics: dict[str, Metric] = {}
@@ -150,8 +152,24 @@ class Saving:
             self._link.say_skipped(step, "the copies of earlier saves are still being written")
             return
         self.last = step
+        self._try(step, durable=True)
+
+    def copy(self, step: Step, *, all_at_once: bool) -> None:
+        """Copy this rank's share into memory, where it stays: left out where there is no room. Never raises, as `save`.
+
+        `all_at_once`: all ranks call it for this step; else some may have come too late for it.
+        """
+        if self._arenas is None or self._spec.run_directory is None or step in (self.last, self.last_copy):
+            return
+        self.last_copy = step
+        self._link.slot.set_phase(Phase.CHECKPOINT)
+        room = self._arenas.has_slot()
+        if self._for_all(room) if all_at_once else room:
+            self._try(step, durable=False)
+
+    def _try(self, step: Step, *, durable: bool) -> None:
         try:
-            self._save(step)
+            self._save(step, durable)
         except HpcftError as error:
             self._failed(step, error.message)
         except Exception as error:  # whatever it is must not end the training: it is an incident
@@ -159,18 +177,18 @@ class Saving:
             self._failed(step, f"{type(error).__name__}: {error}")
 
     def _all_have_room(self, arenas: Arenas) -> bool:
-        """Whether no rank would have to wait. All ranks ask at the same step: with the copies of some of them, nobody
-        could do anything."""
-        if self._spec.waits:
-            return True
-        room = arenas.has_room()
+        """Whether no rank would have to wait."""
+        return self._spec.waits or self._for_all(arenas.has_room())
+
+    def _for_all(self, room: bool) -> bool:
+        """All ranks ask at the same step: with the copies of some of them, nobody could do anything."""
         if self._spec.world_size > 1:
             least = torch.tensor([int(room)])
             dist.all_reduce(least, dist.ReduceOp.MIN)
             room = bool(least.item())
         return room
 
-    def _save(self, step: Step) -> None:
+    def _save(self, step: Step, durable: bool) -> None:
         began = time.monotonic()
         if not self._objects:
             raise UsageError("nothing was given to run.restore, so there is nothing to save")
@@ -178,10 +196,11 @@ class Saving:
             if isinstance(each, Optimizer):
                 _check_parts(name, each)
         flat = flatten(self._state(step))
-        if self._arenas is None or not self._copy(self._arenas, flat, step, began):
+        copied = self._arenas is not None and self._copy(self._arenas, flat, step, began, durable)
+        if durable and not copied:
             self._write(flat, step, began)
 
-    def _copy(self, arenas: Arenas, flat: FlatState, step: Step, began: float) -> bool:
+    def _copy(self, arenas: Arenas, flat: FlatState, step: Step, began: float, durable: bool) -> bool:
         """False: there is no memory for it."""
         plan, image = self._plan(flat)
         try:
@@ -191,8 +210,9 @@ class Saving:
             return False
         ledger = None if self._ledger is None else str(self._ledger.path)
         words = words_of(self._spec.rank, flat, self._position(), self.metrics)
-        self.metrics = {}
-        arenas.copy(slot, flat, self._later, began, {"step": step, "ledger": ledger}, words)
+        if durable:
+            self.metrics = {}
+        arenas.copy(slot, flat, self._later, began, {"step": step, "durable": durable, "ledger": ledger}, words)
         return True
 
     def _plan(self, flat: FlatState) -> tuple[Plan, Image]:

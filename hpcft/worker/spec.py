@@ -75,6 +75,8 @@ class WorkerSpec:
     seed: int = 0
     save_every: int | None = None
     """Steps between two checkpoints; None: only when the agent asks."""
+    copy_every: int | None = None
+    """Steps between two copies that are kept in memory; None: only when the agent asks."""
     copies: bool = False
     """A save is a copy into shared memory, and the agent writes; else this rank writes, and training waits."""
     waits: bool = False
@@ -119,6 +121,7 @@ class WorkerSpec:
                 restore=None if restore is None else _restore(restore),
                 seed=int(spec["seed"]),
                 save_every=spec["checkpoint"]["every_steps"],
+                copy_every=spec["checkpoint"].get("copy_steps"),
                 copies=bool(spec["checkpoint"].get("copies", False)),
                 waits=bool(spec["checkpoint"].get("waits", False)),
                 needs_copies=bool(spec["checkpoint"].get("needs_copies", False)),
