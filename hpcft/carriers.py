@@ -66,6 +66,12 @@ class Carrier:
                 self.leave_behind()
                 raise
 
+    async def warm(self) -> None:
+        """Start the process ahead of its first job."""
+        async with self._turn:
+            if self._channel is None:
+                await self._start()
+
     async def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:

@@ -285,6 +285,7 @@ class Snapshots:
         if share.plan is not None:
             os.close(share.plan)
         share.plan = plan
+        self._run(share.disk.warm(), f"warm-{share.rank}")
         self._run(self._provide(share, size), f"reserve-{share.rank}")
 
     async def _provide(self, share: _Share, size: int) -> None:

@@ -159,6 +159,13 @@ class Observed:
 
         self.until(f"step {step} of generation {generation}", reached, patience)
 
+    def until_saved(self, step: int, patience: float = PATIENCE) -> None:
+        """Wait until there is a checkpoint of this step."""
+        self.until(f"checkpoint of step {step}", lambda found: self.saved(step), patience)
+
+    def saved(self, step: int) -> bool:
+        return any(self.directory.glob(f"checkpoints/step-{step:08d}-g*"))
+
     def assert_exact(self, steps: int) -> account.LedgerReport:
         """Each sample exactly once per epoch, up to the last step, whatever has happened."""
         report = account.report(self.directory)

@@ -119,6 +119,7 @@ def test_a_signal_is_heeded_though_nobody_leads_when_it_comes(tmp_path: Path) ->
     settings = {**exact(tmp_path / "digest", pause=0.3), "checkpoint.every": "10 steps"}
     with LocalRun(tmp_path, settings).start() as run:
         run.until_recorded(12, generation=1)
+        run.until_saved(10)
         os.kill(run.agent(0), signal.SIGKILL)
         time.sleep(0.2)
         run.send(signal.SIGTERM)

@@ -34,6 +34,7 @@ def test_a_lost_node_leaves_the_others_training_on_uneven_slices(tmp_path: Path)
     held = {**settings, "train.out": f"{out}.npz", "train.at": [[8, 0, f"wait {hold}"]]}
     with LocalRun(tmp_path, held, nodes=3).start() as run:
         run.until_recorded(8, generation=1)
+        run.until_saved(5)
         at = time.monotonic()
         run.kill_node(2)
         hold.touch()
@@ -61,6 +62,7 @@ def test_below_the_minimum_the_run_is_requeued_and_resumes(tmp_path: Path, undis
     out = tmp_path / "digest"
     with LocalRun(tmp_path, {**exact(out, strikes=("1 25 0 hold",)), "nodes.min": 2}).start() as run:
         run.until_recorded(25, generation=1)
+        run.until_saved(20)
         run.kill_node(1)
         status = run.ends(0)
     assert out.read_text() == undisturbed.digest
@@ -81,6 +83,7 @@ def test_killed_agents_cost_no_node(tmp_path: Path, undisturbed: Any) -> None:
     strikes = ("1 14 0 hold", "2 25 0 hold")
     with LocalRun(tmp_path, {**exact(out, strikes=strikes), "nodes.min": 2}).start() as run:
         run.until_recorded(13, generation=1)
+        run.until_saved(10)
         keeper = run.keeper(1)
         os.kill(run.agent(1), signal.SIGKILL)
         run.until_recorded(24, generation=2)
@@ -91,6 +94,7 @@ def test_killed_agents_cost_no_node(tmp_path: Path, undisturbed: Any) -> None:
         assert {each["node"]: each["ranks"] for each in status["nodes"]} == {"node1": [0, 1], "node2": [2, 3]}
 
         run.until("step 25 everywhere", lambda now: now["step"] == 25)
+        run.until_saved(20)
         killed_at = time.monotonic()
         os.kill(run.agent(0), signal.SIGKILL)
         status = run.ends(0)
@@ -109,6 +113,7 @@ def test_the_loss_of_the_leaders_node_is_a_requeue(tmp_path: Path, undisturbed: 
     out = tmp_path / "digest"
     with LocalRun(tmp_path, exact(out, strikes=("1 25 3 hold",))).start() as run:
         run.until("step 25 everywhere", lambda now: now["step"] == 25)
+        run.until_saved(20)
         run.kill_node(0)
         status = run.ends(0)
     assert out.read_text() == undisturbed.digest
@@ -134,6 +139,7 @@ def test_a_stopped_agent_has_no_workers_when_others_train_on(tmp_path: Path) -> 
     }
     with LocalRun(tmp_path, settings, workers=1).start() as run:
         run.until_recorded(12, generation=1)
+        run.until_saved(10)
         stopped = run.agent(1)
         victim = run.worker(1)
         ledger = run.directory / "ledger"

@@ -119,7 +119,7 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 class _Listening(Link):
     __slots__ = ("failure", "report")
 
-    def say_shard(self, step: Step, report: ShardReport) -> None:
+    def say_shard(self, step: Step, report: ShardReport, **timing: float) -> None:
         self.report = report
 
     def say_save_failed(self, step: Step, reason: str) -> None:
