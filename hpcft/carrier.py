@@ -89,9 +89,10 @@ class Carrier:
     def _seal(self, fd: int, size: int) -> None:
         """Take the digests with which the copy will be compared whenever it is used."""
         image = self._arena(fd).view[:size]
-        digests = memory_file("hpcft-digests", orjson.dumps(list(durable.chunk_digests(image))))
+        listed = tuple(durable.chunk_digests(image))
+        digests = memory_file("hpcft-digests", orjson.dumps(listed))
         try:
-            self._say({"done": {}}, [digests])
+            self._say({"done": {"digest": durable.digest_of_chunks(listed)}}, [digests])
         finally:
             os.close(digests)
 

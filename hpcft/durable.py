@@ -23,7 +23,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -159,6 +159,29 @@ def chunk_digests(data: memoryview) -> Iterator[str]:
     """The digest of each `CHUNK_BYTES` of these bytes."""
     for start in range(0, len(data), CHUNK_BYTES):
         yield digest(data[start : start + CHUNK_BYTES])
+
+
+def chunk_digests_of(parts: Iterable[Buffer]) -> tuple[str, ...]:
+    """The same of these parts one after another, of which none is copied but small ones."""
+    digests: list[str] = []
+    hasher, room = xxhash.xxh3_128(), CHUNK_BYTES
+    for part in parts:
+        view = memoryview(part).cast("B")
+        while view:
+            taken = view[:room]
+            hasher.update(taken)
+            view, room = view[len(taken) :], room - len(taken)
+            if not room:
+                digests.append(hasher.hexdigest())
+                hasher, room = xxhash.xxh3_128(), CHUNK_BYTES
+    if room < CHUNK_BYTES:
+        digests.append(hasher.hexdigest())
+    return tuple(digests)
+
+
+def digest_of_chunks(digests: Sequence[str]) -> str:
+    """One digest that stands for those of all chunks."""
+    return digest("".join(digests).encode())
 
 
 def digest_of(parts: Iterable[Buffer]) -> str:

@@ -370,6 +370,19 @@ class SnapshotTaken:
     step: Step
     in_memory: bool = True
     """The copies are there, and sealed by their digests."""
+    digests: tuple[tuple[Rank, str], ...] = ()
+    """Of each rank's copy."""
+    replicas: tuple[tuple[Rank, Rank, str], ...] = ()
+    """What a rank holds of what another one copied: the first rank's word on the second one's share."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDoubtful:
+    """The copies of this step are not what they should be; the sentence says what is wrong with them."""
+
+    generation: Generation
+    step: Step
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -584,6 +597,7 @@ Event: TypeAlias = (
     | WorkerReturned
     | WorkerStopped
     | SnapshotTaken
+    | SnapshotDoubtful
     | SnapshotDropped
     | CheckpointCommitted
     | CheckpointVerified

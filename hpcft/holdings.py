@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from hpcft.events import CheckpointRef, Formation, Member, SnapshotDropped, SnapshotTaken
-from hpcft.ids import Incarnation, NodeId, Step
+from hpcft.events import CheckpointRef, Formation, Member, SnapshotDoubtful, SnapshotDropped, SnapshotTaken
+from hpcft.ids import Incarnation, NodeId, Rank, Step
 
 KNOWN = 4
 """Of so many steps it is remembered who has taken them."""
@@ -31,6 +31,12 @@ class Holdings:
     taken: Mapping[Step, Mapping[NodeId, bool]] = field(default_factory=dict)
     """Of the running generation's latest steps: who has taken them, and whether copies are in its memory."""
     held: Held | None = None
+    words: tuple[SnapshotTaken, ...] = ()
+    """What was said of the newest step."""
+    digests: Mapping[Rank, str] = field(default_factory=dict)
+    """Of the step before that everybody had taken."""
+    doubt: SnapshotDoubtful | None = None
+    """What is wrong with the newest step that everybody has taken."""
 
     def begin(self, formation: Formation) -> Holdings:
         """A generation begins. If it starts from what is held, that is kept until something newer is; else it goes."""
@@ -39,13 +45,26 @@ class Holdings:
     def took(self, event: SnapshotTaken, formation: Formation) -> Holdings:
         nodes = {**self.taken.get(event.step, {}), event.node: event.in_memory}
         taken = {**self.taken, event.step: nodes}
-        known = replace(self, taken={step: taken[step] for step in sorted(taken)[-KNOWN:]})
+        known = replace(self, taken={step: taken[step] for step in sorted(taken)[-KNOWN:]})._listen(event, formation)
         if not all(nodes.get(member.node) for member in formation.members):
             return known
         snapshot = CheckpointRef(event.step, formation.generation)
         if self.held is not None and _order(self.held.snapshot) >= _order(snapshot):
             return known
         return replace(known, held=Held(snapshot, formation.members))
+
+    def _listen(self, event: SnapshotTaken, formation: Formation) -> Holdings:
+        """Compare what was said of this step, once all members have spoken."""
+        others = tuple(each for each in self.words if each.step == event.step and each.node != event.node)
+        if self.words and event.step < self.words[-1].step:
+            return self
+        heard = replace(self, words=(*others, event))
+        if {each.node for each in heard.words} != {member.node for member in formation.members}:
+            return heard
+        digests = {rank: digest for each in heard.words for rank, digest in each.digests}
+        reason = _difference(heard.words, digests) or _standstill(digests, self.digests)
+        doubt = SnapshotDoubtful(formation.generation, event.step, reason) if reason else None
+        return replace(heard, words=(), digests=digests, doubt=doubt)
 
     def dropped(self, event: SnapshotDropped) -> Holdings:
         nodes = self.taken.get(event.step)
@@ -55,7 +74,7 @@ class Holdings:
         held = self.held
         if held is not None and held.snapshot == CheckpointRef(event.step, event.generation):
             held = None
-        return Holdings(taken, held)
+        return replace(self, taken=taken, held=held)
 
     def lost(self, node: NodeId, incarnation: Incarnation) -> Holdings:
         """An agent is gone, and its memory with it."""
@@ -75,6 +94,26 @@ class Holdings:
             return None
         there = {(member.node, member.incarnation) for member in members}
         return held if all((each.node, each.incarnation) in there for each in held.members) else None
+
+
+def _difference(words: tuple[SnapshotTaken, ...], digests: Mapping[Rank, str]) -> str:
+    """Replicas hold the same parameters, bit by bit: where they do not, one of them has gone wrong silently."""
+    at = {rank: each.node for each in words for rank, _ in each.digests}
+    for each in words:
+        for rank, other, digest in each.replicas:
+            if other in digests and digests[other] != digest:
+                return (
+                    f"rank {rank} on {each.node} and rank {other} on {at[other]} hold different parameters, and should "
+                    "hold the same: bad memory or a broken device there, or a program that lets its ranks drift"
+                )
+    return ""
+
+
+def _standstill(digests: Mapping[Rank, str], before: Mapping[Rank, str]) -> str:
+    """An optimizer counts its steps, so no two steps have the same state."""
+    if digests and digests == before:
+        return "the copies are the same as those of the step before them: what is given to run.restore does not train"
+    return ""
 
 
 def _order(snapshot: CheckpointRef) -> tuple[int, int]:

@@ -269,6 +269,10 @@ class Leader:
         term, generation = self._office.record.term, formation.generation
         if held is not None and held is not before.holdings.held:
             self._broadcast(Keep(term, generation, held.snapshot.step))
+        doubt, earlier = self.world.holdings.doubt, before.holdings.doubt
+        if doubt is not None and (earlier is None or earlier.reason != doubt.reason):
+            log.warning("the copies of step %d are doubtful: %s", doubt.step, doubt.reason)
+            self.feed(doubt)
         match event:
             case CheckpointFailed(step, of) if of == generation and not self.world.taken(step):
                 self._broadcast(Forget(term, generation, step))

@@ -347,6 +347,7 @@ def worker_spec(
             "every_steps": every.steps if isinstance(every, EverySteps) else None,
             "copy_steps": copied.steps if isinstance(copied, EverySteps) else None,
             "copies": config.checkpoint.mode == "async",
+            "compare_every": config.checkpoint.compare_every,
             "waits": config.checkpoint.busy == "wait",
             "needs_copies": config.checkpoint.low_memory == "stop",
         },

@@ -97,6 +97,8 @@ class _Copy:
     plan: int
     values: int | None
     """Memory files, owned: what the copy is, and what else rank 0 said."""
+    digest: str = ""
+    """Of all of it."""
     digests: int | None = None
     """Memory file with the digests of its chunks; None: not sealed yet."""
     work: asyncio.Task[None] | None = None
@@ -358,7 +360,11 @@ class Snapshots:
             del self._taken[older]
         kept = all(len(each.slots) > 1 for each in self._shares.values() if each.worker)
         in_memory = kept and step not in self._written
-        self._speak(SnapshotTaken(self._node, formation.generation, step, in_memory))
+        copies = [copy for each in self._shares.values() for _, copy in each.filled if copy.formation is formation]
+        made = sorted((copy for copy in copies if copy.step == step), key=lambda copy: copy.rank)
+        compared = tuple((copy.rank, *copy.message["replica"]) for copy in made if copy.message.get("replica"))
+        digests = tuple((copy.rank, copy.digest) for copy in made)
+        self._speak(SnapshotTaken(self._node, formation.generation, step, in_memory, digests, compared))
 
     def _speak(self, event: Event) -> None:
         self._spoken = [*self._spoken, event][-2:]
@@ -368,13 +374,13 @@ class Snapshots:
 
     async def _take(self, share: _Share, slot: _Slot, copy: _Copy) -> None:
         try:
-            _, fds = await share.memory.carry({"do": "seal", "size": copy.size}, [slot.fd])
+            done, fds = await share.memory.carry({"do": "seal", "size": copy.size}, [slot.fd])
         except JobFailed as error:
             self._fail(copy, str(error))
             copy.work = None
             self._release(share, slot)
             return
-        copy.digests = fds[0]
+        copy.digests, copy.digest = fds[0], done["digest"]
         self._took(copy.rank, copy.step)
         if copy.message["durable"]:
             await self._write(share, slot, copy)

@@ -59,6 +59,7 @@ from hpcft.events import (
     RequeueAccepted,
     RequeueRefused,
     SaveAndStop,
+    SnapshotDoubtful,
     SnapshotDropped,
     SnapshotTaken,
     StopAsked,
@@ -469,6 +470,11 @@ def apply(world: World, event: Event, now: float) -> World:
             if world.formation is None or world.formation.generation != event.generation:
                 return world
             return replace(world, holdings=world.holdings.took(event, world.formation))
+        case SnapshotDoubtful():
+            if not _current(world, event.generation):
+                return world
+            what = f"the copies of step {event.step}: {event.reason}"
+            return _note(world, "copies doubtful", what, "training goes on; look at it before you rely on them", now)
         case SnapshotDropped():
             return replace(world, holdings=world.holdings.dropped(event))
         case CheckpointSkipped():

@@ -269,6 +269,12 @@ class CheckpointSection(_Section):
         '`"5s"` or `"off"`. After the death of a worker training goes on from the newest such copy, which is written '
         "then, too. Takes the memory of one more copy.",
     )
+    compare_every: int = Field(
+        10,
+        ge=0,
+        description="With every so many copies each rank compares its parameters with those that another one has "
+        "copied: replicas that differ are reported as an incident. Takes half as long as the copy. 0: never.",
+    )
     mode: Literal["async", "sync"] = Field(
         "async",
         description='`"async"`: training waits for a copy of the state into shared memory, and goes on while that is '

@@ -26,19 +26,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from hpcft import durable
 from hpcft.checkpoint.boxes import Box
 from hpcft.checkpoint.image import Image
 from hpcft.checkpoint.layout import checkpoint_name
 from hpcft.checkpoint.manifest import Metric
 from hpcft.checkpoint.pieces import TensorShape
 from hpcft.checkpoint.sharding import is_sharded, split
-from hpcft.checkpoint.share import plan_share, save_share, words_of
+from hpcft.checkpoint.share import content, plan_share, save_share, words_of
 from hpcft.checkpoint.tree import FlatState, StateError, flatten
 from hpcft.checkpoint.write import Plan
 from hpcft.data.ledger import LedgerWriter
 from hpcft.data.loader import Data
 from hpcft.errors import HpcftError, UsageError
-from hpcft.ids import Step
+from hpcft.ids import Rank, Step
 from hpcft.page import Phase
 from hpcft.worker.arenas import Arenas, NoArenas
 from hpcft.worker.link import Link
@@ -101,6 +102,7 @@ class Saving:
         self._objects: dict[str, Stateful] = {}
         self._data: Data | None = None
         self._ledger: LedgerWriter | None = None
+        self._copies = 0
         self.last: Step | None = None
         self.last_copy: Step | None = None
         """The last step of which a copy was tried that is not written."""
@@ -212,8 +214,26 @@ class Saving:
         words = words_of(self._spec.rank, flat, self._position(), self.metrics)
         if durable:
             self.metrics = {}
-        arenas.copy(slot, flat, self._later, began, {"step": step, "durable": durable, "ledger": ledger}, words)
+        about = {"step": step, "durable": durable, "ledger": ledger, "replica": self._compared(flat)}
+        arenas.copy(slot, flat, self._later, began, about, words)
         return True
+
+    def _compared(self, flat: FlatState) -> tuple[Rank, str] | None:
+        """Another rank, and the digest that its share has here: now and then, as it takes half as long as a copy.
+
+        Of replicas only. Rank 0's share has in it what only rank 0 has: nobody can compare it.
+        """
+        self._copies += 1
+        every, world_size = self._spec.compare_every, self._spec.world_size
+        if not every or self._copies % every or world_size == 1 or flat.boxes:
+            return None
+        number = self._copies // every
+        other = Rank((self._spec.rank + 1 + number % (world_size - 1)) % world_size)
+        pinned = self._pinned(self._index)
+        if other == 0 and pinned:
+            return None
+        _, image = plan_share(self._index, flat.boxes, other, world_size, pinned)
+        return other, durable.digest_of_chunks(durable.chunk_digests_of(content(flat, image)))
 
     def _plan(self, flat: FlatState) -> tuple[Plan, Image]:
         index = flat.index()

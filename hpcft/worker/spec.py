@@ -79,6 +79,8 @@ class WorkerSpec:
     """Steps between two copies that are kept in memory; None: only when the agent asks."""
     copies: bool = False
     """A save is a copy into shared memory, and the agent writes; else this rank writes, and training waits."""
+    compare_every: int = 0
+    """With every so many copies a rank compares what another one has; 0: never."""
     waits: bool = False
     """A save that finds no memory free waits for it; else it is left out."""
     needs_copies: bool = False
@@ -123,6 +125,7 @@ class WorkerSpec:
                 save_every=spec["checkpoint"]["every_steps"],
                 copy_every=spec["checkpoint"].get("copy_steps"),
                 copies=bool(spec["checkpoint"].get("copies", False)),
+                compare_every=int(spec["checkpoint"].get("compare_every", 0)),
                 waits=bool(spec["checkpoint"].get("waits", False)),
                 needs_copies=bool(spec["checkpoint"].get("needs_copies", False)),
                 ledger=bool(data["ledger"]),

@@ -79,3 +79,43 @@ def test_the_next_generation_keeps_what_it_starts_from_and_nothing_else() -> Non
     assert known.begin(second).held is None
     again = known.begin(replace(second, restore=ref(10), memory=(A, B)))
     assert again.held is not None and again.taken == {}
+
+
+def spoken(
+    step: int, *, a: str = "a", b: str = "b", said: tuple[tuple[int, int, str], ...] = ()
+) -> list[SnapshotTaken]:
+    """Ranks 0 and 1 live on A, 2 and 3 on B; `said` is what B's ranks hold of others' shares."""
+    replicas = tuple((Rank(by), Rank(of), digest) for by, of, digest in said)
+    return [
+        SnapshotTaken(A.node, Generation(1), Step(step), True, ((Rank(0), f"{a}0"), (Rank(1), f"{a}1"))),
+        SnapshotTaken(B.node, Generation(1), Step(step), True, ((Rank(2), f"{b}2"), (Rank(3), f"{b}3")), replicas),
+    ]
+
+
+def heard(*words: SnapshotTaken) -> Holdings:
+    known = Holdings()
+    for word in words:
+        known = known.took(word, FIRST)
+    return known
+
+
+def test_replicas_that_differ_are_named_with_their_nodes() -> None:
+    assert heard(*spoken(10, said=((2, 0, "a0"), (3, 2, "b2")))).doubt is None
+    words = spoken(10, said=((2, 0, "a0"), (3, 1, "else")))
+    assert heard(words[1]).doubt is None, "not before both have spoken"
+    for order in (words, words[::-1]):
+        doubt = heard(*order).doubt
+        assert doubt is not None and doubt.step == 10
+        assert doubt.reason.startswith("rank 3 on b and rank 1 on a hold different parameters")
+    assert heard(*words, *spoken(20, a="x", b="y")).doubt is None
+
+
+def test_copies_that_stand_still_are_an_alarm() -> None:
+    doubt = heard(*spoken(10), *spoken(20)).doubt
+    assert doubt is not None and (doubt.step, doubt.generation) == (20, 1)
+    assert "does not train" in doubt.reason
+    assert heard(*spoken(10), *spoken(20, a="x")).doubt is None, "one rank's share may stand still: it is frozen"
+    again = heard(*spoken(10)).begin(FIRST)
+    for word in spoken(20):
+        again = again.took(word, FIRST)
+    assert again.doubt is None, "another generation has other copies"
