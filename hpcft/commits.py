@@ -203,6 +203,8 @@ class Commits:
     def failed(self, generation: Generation, step: Step, rank: Rank, reason: str) -> None:
         """Rank `rank` could not write its files of `step`."""
         if (saves := self._of(generation, step)) is not None:
+            if step in saves.dropped:
+                self._drop(saves, step)  # what it wrote before it failed
             self._give_up(saves, step, f"rank {rank}: {reason}")
 
     def skipped(self, generation: Generation, step: Step, rank: Rank, reason: str) -> None:

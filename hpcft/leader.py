@@ -149,6 +149,8 @@ class Leader:
             office.directory.terms, office.record.term, rules.timing.timeout / 5, self._renewed, self._deposed
         )
         self._renewal_wanted: float | None = None
+        self._retention_wanted: float | None = None
+        """Since this time (monotonic) there is a checkpoint that may make older ones superfluous."""
         self._renewed_at = time.monotonic()
         self._mirror = mirror
         self._commits = commits(lambda event: self._post(event), mirror.held if mirror is not None else frozenset)
@@ -242,7 +244,8 @@ class Leader:
         if self.world is before and not isinstance(event, Ticked):
             return  # no news: a late straggler, the hundredth echo of a broken collective
         if isinstance(event, CheckpointCommitted) and event.checkpoint in self.world.checkpoints:
-            self._commits.retain(self.world.checkpoints)
+            self._retention_wanted = time.monotonic()
+            self._renewal.hurry()
         if self._mirror is not None and self.world.checkpoints not in ((), before.checkpoints):
             newest = self.world.checkpoints[-1]
             self._mirror.follow(checkpoint_name(newest.step, newest.generation))
@@ -484,6 +487,11 @@ class Leader:
         if self._renewal_wanted is not None and began >= self._renewal_wanted:
             self._renewal_wanted = None
             self.feed(LeaseRenewed(self._office.record.term))
+        # Whoever succeeds from here on finds the new checkpoint. Before, a successor may have gone on from an older one
+        # while this process was stopped, and that one must not go.
+        if self._retention_wanted is not None and began >= self._retention_wanted:
+            self._retention_wanted = None
+            self._commits.retain(self.world.checkpoints)
 
     def _deposed(self, why: str) -> None:
         """A later term was claimed: whatever this leader still believes, it decides nothing any more."""

@@ -25,7 +25,7 @@ from hpcft import durable
 from hpcft.checkpoint.layout import LATEST, MANIFEST, parse_name, seal, sidecar_name, staging_name
 from hpcft.checkpoint.manifest import Manifest, Metric, ShardReport, Sidecar
 from hpcft.checkpoint.read import read_latest, read_manifest
-from hpcft.errors import DamagedError, NotFoundError, UnusableError
+from hpcft.errors import DamagedError, HpcftError, NotFoundError, UnusableError
 from hpcft.ids import RunId, Term
 
 
@@ -78,7 +78,9 @@ def commit(root: Path, reports: Sequence[ShardReport], facts: Facts) -> Committe
         durable.sync_directory(root)
         step = "reading it back"
         manifest, digest = read_manifest(target, facts.run)
-    except DamagedError as error:
+    except CommitError:
+        raise
+    except HpcftError as error:  # damaged; or gone, swept by the leader of a later generation
         raise CommitError(f"{name} could not be committed, {step}: {error.message}") from error
     except OSError as error:
         raise CommitError(

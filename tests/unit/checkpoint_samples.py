@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import orjson
 import torch
 
+from hpcft.carrier import Carrier
+from hpcft.checkpoint.arena import Arena, memory_file
 from hpcft.checkpoint.commit import Committed, Facts, commit
 from hpcft.checkpoint.layout import MARKS, checkpoint_name
 from hpcft.checkpoint.manifest import Metric, ShardReport
 from hpcft.checkpoint.read import read_latest, read_manifest
 from hpcft.checkpoint.retention import emptying, put_into_trash
-from hpcft.checkpoint.share import save_share
+from hpcft.checkpoint.share import content, plan_share, save_share, words_of
 from hpcft.checkpoint.tree import FlatState, flatten
+from hpcft.checkpoint.write import SaveError
+from hpcft.durable import chunk_digests
 from hpcft.errors import NotFoundError
 from hpcft.ids import Generation, Rank, RunId, Step, Term
 
@@ -75,6 +82,67 @@ def save(
         )
         for rank in range(world_size)
     ]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A rank's share in shared memory, and what a carrier is told to do with it."""
+
+    job: dict[str, object]
+    fds: tuple[int, ...]
+
+    def carry(self) -> ShardReport:
+        """Have it written by a carrier in this process. SaveError: it says that it could not."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            socket.send_fds(ours, [orjson.dumps(self.job)], self.fds)
+            ours.shutdown(socket.SHUT_WR)
+            with suppress(OSError):  # giving back what came along, after its word: then it ends
+                Carrier(theirs).serve()
+            theirs.close()
+            while packet := ours.recv(1 << 17):
+                match orjson.loads(packet):
+                    case {"done": {"report": report}}:
+                        return ShardReport.parse(report)
+                    case {"failed": str() as reason}:
+                        raise SaveError(reason)
+        raise AssertionError("the carrier has said nothing")
+
+
+@contextmanager
+def copied(
+    root: Path, step: int, generation: int = 1, world_size: int = 2, ledger: Path | None = None
+) -> Iterator[list[Copy]]:
+    """What workers leave in their arenas of `training_state(step)`."""
+    flat = flatten(training_state(step))
+    job = {
+        "do": "write",
+        "root": str(root),
+        "name": checkpoint_name(Step(step), Generation(generation)),
+        "nonce": NONCE,
+        "direct": True,
+        "bandwidth": None,
+        "metrics": {},
+        "ledger": None if ledger is None else str(ledger),
+    }
+    arenas, copies = [], []
+    for rank in range(world_size):
+        plan, image = plan_share(flat.index(), flat.boxes, Rank(rank), world_size, cut_above=4096)
+        arenas.append(arena := Arena.reserve(plan.size))
+        arena.view[:] = b"".join(content(flat, image))
+        words = words_of(Rank(rank), flat, {"samples": 32 * step})
+        digests = orjson.dumps(list(chunk_digests(arena.view)))
+        files = [("plan", plan.to_bytes()), ("digests", digests)]
+        files += [] if words.values is None else [("values", words.values)]
+        fds = (arena.fd, *(memory_file(name, data) for name, data in files))
+        copies.append(Copy({**job, "position": words.position, "versions": words.versions}, fds))
+    try:
+        yield copies
+    finally:
+        for arena, copy in zip(arenas, copies, strict=True):
+            arena.close()
+            for fd in copy.fds[1:]:
+                os.close(fd)
 
 
 def facts(parent: str | None = None, run: RunId = RUN, created: float = 1.7e9) -> Facts:

@@ -212,7 +212,7 @@ def test_commit_needs_no_torch(tmp_path: Path) -> None:
 
 
 def test_faults_at_every_step() -> None:
-    """Killed, and failing with EIO, at every durable call of save, commit and retirement; see checkpoint_faults."""
+    """Killed, failing with EIO, and stopped at every durable call of save, commit, retirement: checkpoint_faults."""
     script = Path(__file__).with_name("checkpoint_faults.py")
     with quick_directory() as place:
         done = subprocess.run(
@@ -229,6 +229,9 @@ def test_faults_at_every_step() -> None:
     assert found["killed"][old] > 30
     assert found["killed"][new] > 10
     assert found["failed"].keys() == {old, new}
+    assert found["carrier"] > 30
+    # A leader that wakes too late finds its files swept, or adds a checkpoint of its own generation.
+    assert min(found["late"].values()) > 5
     assert found["retries"] > 15
 
 
@@ -336,19 +339,20 @@ def test_directory_that_is_gone(tmp_path: Path) -> None:
     assert durable.is_aside(".LATEST.0123.aside")
 
 
-def test_memory_for_a_save_does_not_grow_with_the_state(tmp_path: Path) -> None:
+def test_memory_for_a_save_does_not_grow_with_the_state() -> None:
     """Largest case: nothing is contiguous. A child measures its own peak, before and after."""
     script = (
         "import resource, sys; from pathlib import Path; import torch\n"
         "from hpcft.checkpoint.tree import flatten; from hpcft.checkpoint.share import save_share\n"
         "torch.set_num_threads(1)\n"
-        "state = flatten({'t': torch.ones(4096, 16384).T, 'c': torch.ones(1 << 26)})\n"
+        "state = flatten({'t': torch.ones(4096, 12288).T, 'c': torch.ones(1 << 24)})\n"
         "save_share(Path(sys.argv[1]), 'step-00000001-g0001', 'warm', 0, 1, flatten({'x': torch.ones(5).flip(0)}))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "save_share(Path(sys.argv[1]), 'step-00000001-g0001', '5eed', 0, 1, state)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120, capture_output=True, text=True
-    )
-    assert int(done.stdout) < 160 * 1024, "KiB beyond the state of 512 MiB"
+    with quick_directory() as place:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(place)], check=True, timeout=120, capture_output=True, text=True
+        )
+    assert int(done.stdout) < 160 * 1024, "KiB beyond the state of 256 MiB"

@@ -431,3 +431,22 @@ def test_what_cannot_be_committed_does_not_stay(tmp_path: Path) -> None:
             assert isinstance(failed, CheckpointFailed)
             assert "holds another set of tensors" in failed.reason
     assert (left(tmp_path), unfinished(tmp_path)) == ([], [])
+
+
+def test_what_a_late_rank_leaves_behind_its_failure_goes_too(tmp_path: Path) -> None:
+    """A full disk fails all ranks of a save, one after another: each may have written something before."""
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(1, None))
+        first, _ = save(tmp_path, flatten(training_state(10)), 10, 1, world_size=WORKERS)
+        staging = tmp_path / staging_name(first.name, NONCE)
+        commits.failed(Generation(1), Step(10), Rank(1), "no space left on device")
+        assert isinstance(next_event(), CheckpointFailed)
+        while staging.exists():
+            time.sleep(0.001)
+        staging.mkdir()
+        (staging / "shard-00000-of-00002.safetensors").write_bytes(b"as far as it came")
+        commits.failed(Generation(1), Step(10), Rank(0), "no space left on device")
+        report(commits, tmp_path, 20, 1)
+        event = next_event()
+        assert isinstance(event, CheckpointCommitted) and event.checkpoint == ref(20), "and it is said once"
+    assert (left(tmp_path), unfinished(tmp_path)) == ([(20, 1)], [])

@@ -115,6 +115,20 @@ async def test_a_deposed_leaders_commit_is_no_progress(run: RunDirectory) -> Non
     assert steps(found(run).checkpoints) == [(10, 1)]
 
 
+@pytest.mark.parametrize("journaled_steps", [(20,), ()])
+async def test_of_two_leaders_of_one_step_the_later_one_counts(
+    run: RunDirectory, journaled_steps: tuple[int, ...]
+) -> None:
+    """The earlier one was stopped in its commit; also where the later one could not write down its own."""
+    on_disk(run, 10, 1, 1)
+    await journaled(run, 1, *ran(1, 10))
+    on_disk(run, 20, 2, 2, ref(10, 1))
+    await journaled(run, 2, CheckpointsFound((ref(10, 1),)), *ran(2, *journaled_steps))
+    on_disk(run, 20, 1, 1, ref(10, 1))
+    on_disk(run, 30, 1, 1, ref(20, 1))
+    assert steps(found(run).checkpoints) == [(10, 1), (20, 2)]
+
+
 async def test_another_runs_checkpoint_is_passed_over_with_a_word(
     run: RunDirectory, caplog: pytest.LogCaptureFixture
 ) -> None:

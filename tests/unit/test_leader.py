@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from hpcft import stream
-from hpcft.events import CheckpointsFound, NodeJoined, Prepare, Termination
-from hpcft.ids import Incarnation, NodeId, RunId, Term
+from hpcft import stream, terms
+from hpcft.events import CheckpointCommitted, CheckpointRef, CheckpointsFound, NodeJoined, Prepare, Termination
+from hpcft.ids import Generation, Incarnation, NodeId, RunId, Step, Term
 from hpcft.journal import PROGRESS_SECONDS, Replayed
 from hpcft.leader import SILENT_SLACK_SECONDS, Leader, Office, SteppedDown, _missed
 from hpcft.membership import Timing
@@ -94,7 +94,12 @@ class Busy:
         return 30.0
 
 
-def a_leader(run: RunDirectory, control: JobControl, address: tuple[str, int] = ("127.0.0.1", 4711)) -> Leader:
+def a_leader(
+    run: RunDirectory,
+    control: JobControl,
+    address: tuple[str, int] = ("127.0.0.1", 4711),
+    retain: Callable[[tuple[CheckpointRef, ...]], None] = lambda lineage: None,
+) -> Leader:
     run.prepare()
     return Leader(
         replace(
@@ -105,7 +110,9 @@ def a_leader(run: RunDirectory, control: JobControl, address: tuple[str, int] = 
         Rules(Timing(1.0, 3.0, 5.0), minimum_nodes=2, join_timeout=0.2),
         Replayed(World(), 0.0, None, 0),
         control,
-        commits=lambda deliver, held: SimpleNamespace(close=lambda: None, settled=lambda step: False),  # type: ignore[arg-type, return-value]
+        commits=lambda deliver, held: SimpleNamespace(  # type: ignore[arg-type, return-value]
+            close=lambda: None, settled=lambda step: False, retain=retain
+        ),
         view=lambda world, rules, now: {},
     )
 
@@ -118,6 +125,33 @@ async def test_a_deposed_leader_does_not_wait_for_its_requeue(tmp_path: Path) ->
     leader._deposed("another agent has claimed a later term")
     with pytest.raises(SteppedDown, match="later term"):
         await asyncio.wait_for(leading, 30)
+
+
+@pytest.mark.parametrize("succeeded", [False, True])
+async def test_a_leader_that_has_slept_deletes_no_checkpoint(tmp_path: Path, succeeded: bool) -> None:
+    """Its commit went on when it woke; its successor may have gone on from what that makes superfluous."""
+    run, asked = RunDirectory(tmp_path), asyncio.Event()
+    retained: list[tuple[CheckpointRef, ...]] = []
+
+    def retain(lineage: tuple[CheckpointRef, ...]) -> None:
+        retained.append(lineage)
+        asked.set()
+
+    leader = a_leader(run, Busy(), retain=retain)
+    in_office = asyncio.Event()
+    leading = asyncio.create_task(leader.lead(SECRET, in_office.set))
+    await asyncio.wait_for(in_office.wait(), 30)
+    leader.world = training(step=10)
+    if succeeded:
+        terms.claim(run.terms, TermRecord(Term(3), NodeId("b"), Incarnation("b1"), "10.0.0.2", 4711, "7.1"))
+    checkpoint = CheckpointRef(Step(10), Generation(1))
+    leader.feed(CheckpointCommitted(checkpoint, 0.1, 1))
+    if not succeeded:
+        await asyncio.wait_for(asked.wait(), 30)
+        leader._deposed("enough")
+    with pytest.raises(SteppedDown):
+        await asyncio.wait_for(leading, 30)
+    assert retained == ([] if succeeded else [(checkpoint,)])
 
 
 class Slow(Busy):
