@@ -45,8 +45,7 @@ class Carrier:
         """
         async with self._turn:
             try:
-                channel = self._channel or await self._start()
-                socket.send_fds(channel, [orjson.dumps(job)], fds)
+                channel = await self._give(orjson.dumps(job), fds)
                 while True:
                     await _readable(channel)
                     packet, found, _, _ = socket.recv_fds(channel, _PACKET, 8, socket.MSG_CMSG_CLOEXEC)
@@ -71,6 +70,19 @@ class Carrier:
         async with self._turn:
             if self._channel is None:
                 await self._start()
+
+    async def _give(self, packet: bytes, fds: Sequence[int]) -> socket.socket:
+        """To the process; to another one, if it has died since its last job."""
+        if self._channel is not None:
+            try:
+                socket.send_fds(self._channel, [packet], fds)
+            except (BrokenPipeError, ConnectionResetError):
+                self.leave_behind()
+            else:
+                return self._channel
+        channel = await self._start()
+        socket.send_fds(channel, [packet], fds)
+        return channel
 
     async def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

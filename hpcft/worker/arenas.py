@@ -55,7 +55,8 @@ class Arenas:
         self._image: Image | None = None
         self._slots: tuple[_Slot, ...] = ()
         self._free: deque[int] = deque()
-        self._asked = False
+        self._asked = 0
+        """Questions that the agent has not answered yet; what it says to the last one counts."""
         self.refused: str | None = None
         """Why the agent has no memory for a copy."""
         self._stream: torch.cuda.Stream | None = None
@@ -66,7 +67,8 @@ class Arenas:
         if self._plan == plan:
             return
         self._give_up()
-        self._plan, self._image, self._asked = plan, image, True
+        self._plan, self._image = plan, image
+        self._asked += 1
         self._link.say_reserve(plan.size, memory_file("hpcft-plan", plan.to_bytes()))
 
     def _give_up(self) -> None:
@@ -108,7 +110,7 @@ class Arenas:
     def answered(self) -> bool:
         """Whether the agent has answered; what it has made is mapped here."""
         self._hear(0.0)
-        return not self._asked
+        return self._asked == 0
 
     def copy(
         self, slot: int, flat: FlatState, later: Collection[str], began: float, about: Mapping[str, Any], words: Words
@@ -171,13 +173,15 @@ class Arenas:
                 case {"kind": "arenas", "size": int() as size, "free": list() as free}:
                     self._map(size, fds, free)
                 case {"kind": "no_arenas", "reason": str() as reason}:
-                    self._asked, self.refused = False, reason
+                    self._asked -= 1
+                    self.refused = None if self._asked else reason
                 case {"kind": "free", "slot": int() as slot}:
                     self._free.append(slot)
 
     def _map(self, size: int, fds: Sequence[int], free: Sequence[int]) -> None:
         arenas = [Arena(fd) for fd in fds]
-        if self._plan is None or self._image is None or size != self._plan.size:
+        self._asked -= 1
+        if self._asked or self._plan is None or self._image is None or size != self._plan.size:
             for arena in arenas:  # of an earlier question
                 arena.close()
             return
@@ -186,8 +190,7 @@ class Arenas:
             if self._device.type == "cuda":
                 _pin(arena)
         self._slots = tuple(_Slot(arena, _places(arena, self._image)) for arena in arenas)
-        self._free.extend(free)
-        self._asked = False
+        self._free = deque(free)  # what was said free before is one of them, or of earlier arenas
 
 
 def _places(arena: Arena, image: Image) -> tuple[tuple[Tensor, Piece], ...]:

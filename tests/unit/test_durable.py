@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import resource
 import signal
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import xxhash
-from checkpoint_samples import listing, mounted, small_file_system
+from checkpoint_samples import listing, mounted, quick_directory, small_file_system
 from system_calls import interrupted
 
 from hpcft import durable
@@ -148,6 +150,89 @@ def test_short_writes_are_completed(tmp_path: Path) -> None:
         thread.join()
         os.close(reader)
     assert bytes(got) == data
+
+
+SIZES = (1, 4095, 4096, 4097, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 4096, 2 * CHUNK + 4097)
+"""Around a block and around a chunk."""
+
+
+@contextmanager
+def image_of(size: int) -> Iterator[memoryview]:
+    """Random bytes at the beginning of a page, as in an arena."""
+    memory = mmap.mmap(-1, size)
+    memory[:] = os.urandom(size)
+    view = memoryview(memory)
+    try:
+        yield view
+    finally:
+        view.release()
+
+
+def is_cached(path: Path) -> bool:
+    """Whether the file's first block is in the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.preadv(fd, [bytearray(64)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_an_image_reaches_the_disk_around_the_page_cache_or_through_it(kind: str) -> None:
+    """ext4 takes direct writes of whole blocks; tmpfs is one of those that refuse, or do not care."""
+    with quick_directory() as place, small_file_system(place, kind, 96) as disk, image_of(SIZES[-1]) as whole:
+        for size in SIZES:
+            part = whole[:size]
+            plain = durable.write_file(disk / "plain", [part])
+            for direct in (True, False):
+                told: list[int] = []
+                assert durable.write_image(disk / "image", part, direct=direct, before=told.append) == plain
+                assert told == list(range(0, size, CHUNK))
+                if kind == "ext4" and direct and size >= 4096:
+                    assert not is_cached(disk / "image"), size
+                assert (disk / "image").read_bytes() == part, (size, direct)
+                (disk / "image").unlink()
+            (disk / "plain").unlink()
+            part.release()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+@pytest.mark.parametrize("most", [8192, 5000, CHUNK - 4096])
+def test_short_writes_of_an_image_are_completed(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """After one of 5000 bytes the next direct write begins within a block, which the disk refuses."""
+    write, taken = os.write, []
+
+    def short(fd: int, data: memoryview) -> int:
+        taken.append(len(data))
+        # a few: the rest of 17 MiB by 5000 bytes says nothing more
+        return write(fd, data[:most] if len(taken) <= 40 else data)
+
+    with quick_directory() as place, small_file_system(place, "ext4", 64) as disk, image_of(CHUNK + 4097) as image:
+        plain = durable.write_file(disk / "plain", [image])
+        monkeypatch.setattr(os, "write", short)
+        for direct in (True, False):
+            taken.clear()
+            assert durable.write_image(disk / "image", image, direct=direct) == plain
+            assert len(taken) > 2
+            assert (disk / "image").read_bytes() == image
+            (disk / "image").unlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+@pytest.mark.parametrize("direct", [True, False])
+def test_an_image_for_which_there_is_no_room_leaves_nothing(direct: bool) -> None:
+    with quick_directory() as place, small_file_system(place, "ext4", 24) as disk, image_of(2 * CHUNK) as image:
+        with pytest.raises(OSError) as caught:
+            durable.write_image(disk / "image", image, direct=direct)
+        assert caught.value.errno == errno.ENOSPC
+        assert listing(disk) == ["lost+found"]
+        with pytest.raises(FileExistsError):
+            (disk / "image").touch()
+            durable.write_image(disk / "image", image[:5], direct=direct)
 
 
 def test_file_size_limit_in_the_middle_of_a_write(tmp_path: Path) -> None:

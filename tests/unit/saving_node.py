@@ -1,0 +1,258 @@
+"""A node that saves, in one process: workers' savings on threads, the agent's side on the test's loop, the leader's
+commits, and real carriers. Only training is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from checkpoint_samples import NONCE, same_tensors
+
+from hpcft.checkpoint.layout import checkpoint_name, parse_name
+from hpcft.checkpoint.load import load
+from hpcft.checkpoint.read import entries, verify
+from hpcft.checkpoint.tree import FlatState, flatten
+from hpcft.commits import Commits, Retention
+from hpcft.config import Config
+from hpcft.events import (
+    CheckpointCommitted,
+    CheckpointFailed,
+    CheckpointSkipped,
+    Event,
+    Formation,
+    Member,
+    NodeReported,
+)
+from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
+from hpcft.page import NodePage
+from hpcft.ranks import Assignment, Ranks
+from hpcft.snapshots import SaveSettings, Snapshots
+from hpcft.worker.link import Link
+from hpcft.worker.saving import Saving, Stateful, named
+from hpcft.worker.spec import WorkerSpec
+from hpcft.workers import WorkerSaid
+
+NODE = NodeId("node1")
+RUN = RunId("5a" * 16)
+SECONDS = 60.0
+
+Saved = CheckpointCommitted | CheckpointFailed | CheckpointSkipped
+
+
+@dataclass
+class Worker:
+    """One rank of one generation."""
+
+    name: str
+    saving: Saving
+    link: Link
+    ends: tuple[socket.socket, socket.socket]
+
+    def close(self) -> None:
+        self.link.close()
+        for end in self.ends:
+            end.close()
+
+
+class SavingNode:
+    """`objects` are the state of all ranks."""
+
+    def __init__(self, directory: Path, ranks: int, slots: int, memory: int | None, needs_copies: bool) -> None:
+        self.directory = directory
+        self.root = directory / "checkpoints"
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.slots = slots
+        self.objects: dict[str, Stateful] = {}
+        self.workers: list[Worker] = []
+        self.generation = 0
+        self.reports: list[NodeReported] = []
+        self._count = ranks
+        self._needs_copies = needs_copies
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._page = NodePage.create(ranks)
+        self.snapshots = Snapshots(SaveSettings(self.root, memory, slots, None), self._answer, self._run)
+        config = Config.model_validate({"run": {"name": "r"}, "job": {"script": "train.py"}})
+        assignment = Assignment(RUN, directory, NODE, "127.0.0.1", (), config)
+        self._ranks = Ranks(assignment, Incarnation("a"), self._page, self.snapshots, self._say, self._tell)
+        self._commits = Commits(self.root, RUN, Retention(1000, 0), self._deliver)
+
+    # --- a generation
+
+    def begin(self, **objects: Stateful) -> None:
+        """Workers of the next generation, with this state; those of the one before are gone."""
+        for worker in self.workers:
+            self._leave(worker)
+        self.generation += 1
+        self.objects = objects
+        member = Member(NODE, Incarnation("a"), "127.0.0.1", self._count, Rank(0))
+        formation = Formation(Term(1), Generation(self.generation), (member,), None, NONCE)
+        self._commits.follow(formation)
+        names = self._ranks.begin(formation, ("127.0.0.1", 1))
+        self.workers = [self._worker(rank, name) for rank, name in enumerate(names)]
+
+    def _worker(self, rank: int, name: str) -> Worker:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        spec = WorkerSpec(
+            rank=Rank(rank),
+            world_size=self._count,
+            local_rank=rank,
+            generation=Generation(self.generation),
+            nonce=NONCE,
+            run=RUN,
+            run_directory=self.directory,
+            copies=True,
+            needs_copies=self._needs_copies,
+            slot=rank,
+            page_fd=self._page.fd,
+            control_fd=theirs.fileno(),
+        )
+        link = Link(spec)
+        worker = Worker(name, Saving(spec, link, torch.device("cpu")), link, (ours, theirs))
+        worker.saving.remember(named(self.objects), None, None)
+        self._loop.add_reader(ours, self._hear, worker)
+        return worker
+
+    def _leave(self, worker: Worker) -> None:
+        self._loop.remove_reader(worker.ends[0])
+        worker.close()
+
+    # --- saving
+
+    async def prepare(self) -> None:
+        """As after the first step: have memory made, and wait for it."""
+        for worker in self.workers:
+            worker.saving.prepare()
+        await until(lambda: all(worker.saving.prepared() for worker in self.workers))
+
+    async def save(self, step: int, *, wait: bool = False) -> FlatState:
+        """All ranks save, as between two steps; returns what they saved."""
+        saved = self._state(step)
+        async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as tasks:
+            for worker in self.workers:
+                tasks.create_task(asyncio.to_thread(worker.saving.save, Step(step), wait=wait))
+        return saved
+
+    def _state(self, step: int) -> FlatState:
+        flat = flatten(self.workers[0].saving._state(Step(step)))
+        return FlatState({name: tensor.clone() for name, tensor in flat.tensors.items()}, flat.values)
+
+    async def outcome(self) -> Saved:
+        """What became of the next save of which something is known."""
+        async with asyncio.timeout(SECONDS):
+            while not isinstance(event := await self._events.get(), Saved):
+                pass
+        return event
+
+    async def committed(self, step: int, saved: FlatState) -> None:
+        """The next thing that is known is that this was committed; and it is what was saved, bit for bit."""
+        event = await self.outcome()
+        assert isinstance(event, CheckpointCommitted) and event.checkpoint.step == step, event
+        directory = self.root / checkpoint_name(Step(step), Generation(self.generation))
+        assert verify(directory, RUN) == []
+        assert_same(load(directory, run=RUN), saved)
+
+    def left(self) -> list[int]:
+        """Steps of the committed checkpoints; nothing else is there."""
+        others = {path.name for path in self.root.iterdir()} - {"LATEST", ".trash", "lost+found"}
+        assert all(parse_name(name) for name in others), others
+        return [entry.step for entry in entries(self.root)]
+
+    def carrier(self, rank: int) -> int:
+        """The pid of a rank's carrier."""
+        process = self.snapshots._shares[rank].carrier._process
+        assert process is not None
+        return process.pid
+
+    def report(self) -> NodeReported:
+        """What the node says of itself."""
+        self.reports.clear()
+        self._ranks.report(0.0)
+        return self.reports[0]
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        pids = [share.carrier._process for share in self.snapshots._shares.values()]
+        self.snapshots.end()
+        for process in pids:
+            if process is not None:
+                await process.wait()
+        self._commits.close()
+        for worker in self.workers:
+            self._leave(worker)
+        self._page.close()
+
+    # --- the wiring: what agent and leader do
+
+    def _run(self, work: Any, name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = self._loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _hear(self, worker: Worker) -> None:
+        try:
+            packet, fds, _, _ = socket.recv_fds(worker.ends[0], 1 << 17, 8, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return
+        if packet:
+            self._ranks.see(WorkerSaid(worker.name, orjson.loads(packet), tuple(fds)))
+
+    def _answer(self, name: str, message: Mapping[str, Any], fds: Sequence[int]) -> None:
+        for worker in self.workers:
+            if worker.name == name:
+                socket.send_fds(worker.ends[0], [orjson.dumps(message)], fds)
+
+    def _say(self, event: Event) -> None:
+        if isinstance(event, NodeReported):
+            self.reports.append(event)
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        ((kind, about),) = message.items()
+        generation, step, rank = Generation(about["generation"]), Step(about["step"]), Rank(about["rank"])
+        match kind:
+            case "shard":
+                self._commits.reported(generation, step, rank, about["report"])
+            case "skipped":
+                self._commits.skipped(generation, step, rank, about["reason"])
+            case "save_failed":
+                self._commits.failed(generation, step, rank, about["reason"])
+
+    def _deliver(self, event: Event) -> None:
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+
+@asynccontextmanager
+async def saving_node(
+    directory: Path, *, ranks: int = 1, slots: int = 2, memory: int | None = 1 << 30, needs_copies: bool = False
+) -> AsyncIterator[SavingNode]:
+    node = SavingNode(directory, ranks, slots, memory, needs_copies)
+    try:
+        yield node
+    finally:
+        await node.close()
+
+
+def assert_same(found: FlatState, expected: FlatState) -> None:
+    assert same_tensors(found, expected)
+    assert found.values == expected.values
+
+
+async def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < deadline, "it did not come about"
+        await asyncio.sleep(0.001)

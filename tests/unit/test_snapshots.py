@@ -1,0 +1,228 @@
+"""From a copy in shared memory to a committed checkpoint: workers, agent, carriers and leader, without training."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from saving_node import SavingNode, saving_node, until
+from torch import nn
+
+from hpcft import process
+from hpcft.checkpoint.read import read_manifest
+from hpcft.checkpoint.share import plan_share
+from hpcft.checkpoint.tree import DTYPES
+from hpcft.events import CheckpointFailed, CheckpointSkipped
+from hpcft.snapshots import TELLING_BYTES, TRIED_ANEW, Ways
+from hpcft.worker import saving
+
+torch.set_num_threads(1)
+
+BIG = 1 << 30
+
+
+def test_each_way_of_writing_is_tried_and_then_the_faster_one_is_taken() -> None:
+    ways = Ways()
+    assert ways.goes_direct(BIG)
+    ways = ways.seen(True, BIG, 1.0)
+    assert not ways.goes_direct(BIG)
+    ways = ways.seen(False, BIG, 2.0)
+    assert ways.goes_direct(BIG), "twice as fast"
+    for _ in range(3):
+        ways = ways.seen(True, BIG, 4.0)
+    assert not ways.goes_direct(BIG), "what was is not what is: the latest three count"
+
+
+def test_one_slow_save_says_nothing() -> None:
+    ways = Ways().seen(True, BIG, 1.0).seen(False, BIG, 2.0).seen(True, BIG, 1.1).seen(True, BIG, 60.0)
+    assert ways.goes_direct(BIG)
+
+
+def test_the_slower_way_has_another_chance_now_and_then() -> None:
+    ways = Ways().seen(True, BIG, 1.0).seen(False, BIG, 2.0)
+    taken = []
+    for _ in range(2 * TRIED_ANEW):
+        taken.append(ways.goes_direct(BIG))
+        ways = ways.seen(taken[-1], BIG, 1.0 if taken[-1] else 2.0)
+    assert taken.count(False) == 2
+
+
+def test_small_files_say_nothing_of_a_way() -> None:
+    small = TELLING_BYTES - 1
+    assert not Ways().goes_direct(small)
+    assert Ways().seen(False, small, 1.0) == Ways()
+    assert Ways().seen(False, BIG, 0.0) == Ways()
+
+
+class Everything(nn.Module):
+    """Parameters of each type that there is, some of them cut; a buffer beside them."""
+
+    def __init__(self, more: int = 0) -> None:
+        super().__init__()
+        for name, dtype in DTYPES.items():
+            for shape in ((6, 40), (), (0, 3)):
+                parameter = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+                self.register_parameter(f"{name}_{len(shape)}_{sum(shape)}", parameter)
+        for number in range(more):
+            self.register_parameter(f"more{number}", nn.Parameter(torch.randn(100 + number)))
+        self.register_buffer("seen", torch.zeros(3))
+        self.change(0)
+
+    def change(self, step: int) -> None:
+        """Other bits in all of it."""
+        torch.manual_seed(step)
+        with torch.no_grad():
+            for tensor in (*self.parameters(), *self.buffers()):
+                if not tensor.numel():
+                    continue
+                drawn = torch.randint(0, 256, (tensor.numel() * tensor.element_size(),), dtype=torch.uint8)
+                if tensor.dtype is torch.bool:
+                    drawn = drawn % 2
+                tensor.copy_(drawn.view(tensor.dtype).view(tensor.shape))
+
+
+class Settings:
+    """What is no tensor."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "names": ("a", float("inf")), "bytes": b"\0"}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+@pytest.fixture(autouse=True)
+def cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that would not fill a page are cut, too."""
+    monkeypatch.setattr(saving, "plan_share", partial(plan_share, cut_above=128))
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[SavingNode]:
+    """One rank, one slot."""
+    async with saving_node(tmp_path, slots=1) as node:
+        yield node
+
+
+def stop(node: SavingNode, rank: int = 0) -> int:
+    """The rank's carrier makes no step from here on: what a hanging file system does to it."""
+    pid = node.carrier(rank)
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+async def test_what_was_copied_is_what_is_committed(tmp_path: Path) -> None:
+    async with saving_node(tmp_path, ranks=2) as node:
+        model = Everything()
+        node.begin(model=model, settings=Settings())
+        await node.prepare()
+        for step in (1, 2, 3):
+            model.change(step)
+            saved = await node.save(step, wait=True)
+            model.change(-step)  # training goes on at once
+            await node.committed(step, saved)
+        manifest, _ = read_manifest(node.root / "step-00000001-g0001")
+        assert sum(len(entry.tensors) for entry in manifest.files) > len(manifest.tensors()), "some are cut"
+        assert {shape.dtype for shape in manifest.tensors().values()} == set(DTYPES)
+        assert node.report().reserved > 0
+        assert node.report().saves == () and node.report().low_memory == ""
+    assert node.left() == [1, 2, 3]
+
+
+async def test_with_all_copies_busy_a_save_is_left_out_or_waits(tmp_path: Path) -> None:
+    async with saving_node(tmp_path) as node:
+        model = Everything()
+        node.begin(model=model)
+        await node.prepare()
+        stopped = stop(node)
+        states = {}
+        for step in (1, 2):
+            model.change(step)
+            states[step] = await node.save(step)
+        await node.save(3)
+        skipped = await node.outcome()
+        assert isinstance(skipped, CheckpointSkipped) and skipped.step == 3
+        assert "still being written" in skipped.reason
+        await until(lambda: len(node.report().saves) == 2)
+        assert {each.step for each in node.report().saves} == {1, 2}
+        model.change(4)
+
+        def go_on() -> None:
+            os.kill(stopped, signal.SIGCONT)
+
+        node._loop.call_later(0.2, go_on)
+        states[4] = await node.save(4, wait=True)
+        for step in (1, 2, 4):
+            await node.committed(step, states[step])
+    assert node.left() == [1, 2, 4]
+
+
+async def test_a_carrier_killed_in_a_save_costs_that_save(node: SavingNode) -> None:
+    model = Everything()
+    node.begin(model=model)
+    await node.prepare()
+    stopped = stop(node)
+    await node.save(1)
+    await until(lambda: node.report().saves)
+    os.kill(stopped, signal.SIGKILL)
+    failed = await node.outcome()
+    assert isinstance(failed, CheckpointFailed)
+    assert failed.reason == "rank 0: the process that was to do it has died (out of memory, perhaps)"
+    await node.committed(2, await node.save(2, wait=True))
+
+    os.kill(node.carrier(0), signal.SIGKILL)  # between two saves: nobody need know
+    await until(lambda: not process.lives(node.carrier(0)))
+    model.change(3)
+    await node.committed(3, await node.save(3, wait=True))
+    assert node.left() == [2, 3]
+
+
+async def test_a_state_that_changes_gets_arenas_of_its_own(node: SavingNode) -> None:
+    """Larger, smaller, and other tensors in as many bytes, each while the copy before is still being written."""
+    layouts: list[nn.Module] = [Everything(), Everything(3), Everything(1)]
+    layouts += [nn.Linear(70, 70), nn.ParameterDict({name: nn.Parameter(torch.randn(70)) for name in "ab"})]
+    node.begin(model=nn.Linear(1, 1))
+    saved = {}
+    for step, model in enumerate(layouts, start=1):
+        node.workers[0].saving.remember({"model": model}, None, None)
+        if step == 1:
+            await node.prepare()
+        stopped = stop(node)
+        node._loop.call_later(0.05, os.kill, stopped, signal.SIGCONT)
+        saved[step] = await node.save(step, wait=True)
+    for step in saved:
+        await node.committed(step, saved[step])
+    assert node.report().reserved == node.snapshots._shares[0].size
+
+
+async def test_arenas_outlive_their_worker_and_what_a_generation_left_unwritten_goes_with_it(tmp_path: Path) -> None:
+    async with saving_node(tmp_path, ranks=2) as node:
+
+        def arenas() -> list[int]:
+            return [os.fstat(slot.fd).st_ino for share in node.snapshots._shares.values() for slot in share.slots]
+
+        model = Everything()
+        node.begin(model=model)
+        await node.prepare()
+        await node.committed(1, await node.save(1, wait=True))
+        before, reserved = arenas(), node.report().reserved
+        stop(node, 1)
+        await node.save(2)
+        await until(lambda: len(node.report().saves) == 1)  # the other rank has written its share
+        model.change(5)
+        node.begin(model=model)
+        await node.prepare()
+        assert (arenas(), node.report().reserved, node.report().saves) == (before, reserved, ())
+        assert len(before) == 4
+        await node.committed(2, await node.save(2, wait=True))
+    assert [path.name for path in sorted(node.root.glob("step-*"))] == ["step-00000001-g0001", "step-00000002-g0002"]
+    assert node.left() == [1, 2]
