@@ -9,6 +9,8 @@ system that speaks the FUSE protocol (linux/fuse.h, version 7.31) itself, one se
 - SIGHUP: requests are taken and not answered: their callers cannot be killed either (state D), as behind a dead
   disk or a lost Lustre target. SIGUSR2: all are answered.
 - SIGUSR1: every call fails with EIO, as after an eviction by Lustre. SIGUSR2: back to normal.
+- SIGRTMIN: whatever takes room fails with EDQUOT; SIGRTMIN+1: fsync fails with EIO; SIGRTMIN+2: nothing can be made,
+  EACCES. SIGUSR2: back to normal.
 
 Nodes share the files of SOURCE, not a page cache: each has its own, checked at every call (no attribute cache), so
 they agree as the clients of a coherent network file system do. Locks (flock, fcntl) hold within a node only, as on
@@ -286,17 +288,34 @@ def _attributes(found: os.stat_result) -> bytes:
 
 
 class Mood(Enum):
-    GOOD, BROKEN, SILENT = auto(), auto(), auto()
+    GOOD, BROKEN, SILENT, FULL, UNSYNCED, DENIED = auto(), auto(), auto(), auto(), auto(), auto()
 
 
-def reply_to(files: Files, op: int, caller: Caller, body: bytes, broken: bool) -> tuple[int, bytes]:
+MOODS = {
+    signal.SIGUSR1: Mood.BROKEN,
+    signal.SIGUSR2: Mood.GOOD,
+    signal.SIGHUP: Mood.SILENT,
+    signal.SIGRTMIN: Mood.FULL,
+    signal.SIGRTMIN + 1: Mood.UNSYNCED,
+    signal.SIGRTMIN + 2: Mood.DENIED,
+}
+FAULTS = {
+    Mood.BROKEN: (errno.EIO, set(Op) - {Op.RELEASE, Op.RELEASEDIR, *UNANSWERED}),
+    Mood.FULL: (errno.EDQUOT, {Op.CREATE, Op.MKDIR, Op.SYMLINK, Op.WRITE, Op.FALLOCATE}),
+    Mood.UNSYNCED: (errno.EIO, {Op.FSYNC, Op.FSYNCDIR}),
+    Mood.DENIED: (errno.EACCES, {Op.CREATE, Op.MKDIR, Op.SYMLINK, Op.LINK, Op.RENAME, Op.UNLINK, Op.RMDIR}),
+}
+
+
+def reply_to(files: Files, op: int, caller: Caller, body: bytes, mood: Mood) -> tuple[int, bytes]:
     """The error number (0 for none) and the bytes of the reply. What is not implemented is ENOSYS, which the kernel
     remembers (FLUSH among them: nothing is written back late, so closing a file waits for nobody)."""
     answer = getattr(files, Op(op).name.lower(), None) if op in set(Op) else None
     if answer is None:
         return errno.ENOSYS, b""
-    if broken and op not in (Op.RELEASE, Op.RELEASEDIR, *UNANSWERED):
-        return errno.EIO, b""
+    fault, faulty = FAULTS.get(mood, (0, ()))
+    if op in faulty:
+        return fault, b""
     try:
         return 0, answer(caller, body)
     except OSError as error:
@@ -315,7 +334,7 @@ def serve(files: Files, fuse: int) -> None:
     wake.setblocking(False)
     woken.setblocking(False)
     signal.set_wakeup_fd(wake.fileno())
-    for number, to in ((signal.SIGUSR1, Mood.BROKEN), (signal.SIGUSR2, Mood.GOOD), (signal.SIGHUP, Mood.SILENT)):
+    for number, to in MOODS.items():
         signal.signal(number, lambda *_, to=to: change(to))
     poll = select.poll()
     poll.register(fuse, select.POLLIN)
@@ -334,7 +353,7 @@ def serve(files: Files, fuse: int) -> None:
         while waiting and mood is not Mood.SILENT:
             request = waiting.pop(0)
             _, op, unique, node, uid, gid, _, _, _ = HEADER.unpack_from(request)
-            failed, reply = reply_to(files, op, Caller(node, uid, gid), request[HEADER.size :], mood is Mood.BROKEN)
+            failed, reply = reply_to(files, op, Caller(node, uid, gid), request[HEADER.size :], mood)
             if op not in UNANSWERED:
                 with contextlib.suppress(FileNotFoundError):  # the caller was killed meanwhile
                     os.write(fuse, REPLY.pack(REPLY.size + len(reply), -failed, unique) + reply)

@@ -66,9 +66,11 @@ class Worker:
 class SavingNode:
     """`objects` are the state of all ranks."""
 
-    def __init__(self, directory: Path, ranks: int, slots: int, memory: int | None, needs_copies: bool) -> None:
+    def __init__(
+        self, directory: Path, root: Path, ranks: int, slots: int, memory: int | None, needs_copies: bool
+    ) -> None:
         self.directory = directory
-        self.root = directory / "checkpoints"
+        self.root = root
         self.root.mkdir(parents=True, exist_ok=True)
         self.slots = slots
         self.objects: dict[str, Stateful] = {}
@@ -170,10 +172,9 @@ class SavingNode:
         return [entry.step for entry in entries(self.root)]
 
     def carrier(self, rank: int) -> int:
-        """The pid of a rank's carrier."""
+        """The pid of a rank's carrier; 0: it has none yet."""
         process = self.snapshots._shares[rank].carrier._process
-        assert process is not None
-        return process.pid
+        return 0 if process is None else process.pid
 
     def report(self) -> NodeReported:
         """What the node says of itself."""
@@ -237,9 +238,15 @@ class SavingNode:
 
 @asynccontextmanager
 async def saving_node(
-    directory: Path, *, ranks: int = 1, slots: int = 2, memory: int | None = 1 << 30, needs_copies: bool = False
+    directory: Path,
+    *,
+    root: Path | None = None,
+    ranks: int = 1,
+    slots: int = 2,
+    memory: int | None = 1 << 30,
+    needs_copies: bool = False,
 ) -> AsyncIterator[SavingNode]:
-    node = SavingNode(directory, ranks, slots, memory, needs_copies)
+    node = SavingNode(directory, root or directory / "checkpoints", ranks, slots, memory, needs_copies)
     try:
         yield node
     finally:
