@@ -131,6 +131,7 @@ class Saving:
         """Whether it is known if there is such memory. UsageError: there is none, and without it nothing is trained."""
         if self._arenas is None or not self._objects:
             return True
+        answered = self._arenas.answered()
         if self._arenas.refused is not None and self._spec.needs_copies:
             raise UsageError(
                 f"there is no memory for copies of the state, and checkpoint.low_memory is 'stop': "
@@ -138,7 +139,7 @@ class Saving:
                 "ask Slurm for more memory, raise checkpoint.memory, or let training wait with "
                 "checkpoint.low_memory = 'write'",
             )
-        return self._arenas.answered()
+        return answered
 
     def save(self, step: Step, *, wait: bool = False) -> None:
         """Save this rank's share of the state at `step`, and say so. Nothing is saved twice.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -226,3 +230,31 @@ async def test_arenas_outlive_their_worker_and_what_a_generation_left_unwritten_
         await node.committed(2, await node.save(2, wait=True))
     assert [path.name for path in sorted(node.root.glob("step-*"))] == ["step-00000001-g0001", "step-00000002-g0002"]
     assert node.left() == [1, 2]
+
+
+V1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@pytest.mark.skipif(not (os.geteuid() == 0 and V1.parent.is_dir()), reason="needs root and memory cgroups, version 1")
+def test_a_cgroup_that_is_too_small_is_said_and_lived_with(tmp_path: Path) -> None:
+    """Fewer copies, then none and training waits, or no training; see low_memory."""
+    script = Path(__file__).with_name("low_memory.py")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    needs = r"rank 0 needs 32 MiB for 2 copies of its share, and cgroup /.*hpcft-test-\d+ has [\d.]+ MiB to spare"
+    (warning,) = found["fewer"]["warnings"]
+    assert found["fewer"]["slots"] == 1 and re.fullmatch(rf"node1: {needs}: it gets 1", warning), warning
+    (warning,) = found["none"]["warnings"]
+    assert found["none"]["slots"] == 0
+    assert re.fullmatch(rf"node1: {needs}: its checkpoints are written while training waits", warning), warning
+    assert "no memory for copies of the state, and checkpoint.low_memory is 'stop': rank 0" in found["stop"]["message"]
+    assert "ask Slurm for more memory" in found["stop"]["hint"]
