@@ -45,8 +45,11 @@ def served(source: Path, target: Path) -> Iterator[Server]:
     """The files of `source` seen at `target`, as long as the block runs."""
     source.mkdir(parents=True, exist_ok=True)
     target.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-I", str(_SERVER), str(source), str(target)], check=True)
-    server = Server(_pid(target))
+    way = source.with_name(f"{source.name}-way")  # in its command line a run's directory would make it one of the run's
+    way.symlink_to(target)
+    subprocess.run([sys.executable, "-I", str(_SERVER), str(source), str(way)], check=True)
+    way.unlink()
+    server = server_of(source)
     try:
         yield server
     finally:
@@ -54,14 +57,14 @@ def served(source: Path, target: Path) -> Iterator[Server]:
         process.send(server.pid, signal.SIGKILL)  # whoever still waits for it gets an error
 
 
-def _pid(target: Path) -> int:
-    wanted = str(target).encode()
+def server_of(source: Path) -> Server:
+    """Who serves these files."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if str(_SERVER).encode() in words and wanted in words:
-                return int(entry.name)
-    raise AssertionError(f"nobody serves {target}")
+            if str(_SERVER).encode() in words and str(source).encode() in words:
+                return Server(int(entry.name))
+    raise AssertionError(f"nobody serves {source}")

@@ -8,8 +8,8 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hpcft.config import Config
 from hpcft.events import (
     CheckpointCommitted,
     CheckpointFailed,
+    CheckpointRef,
     CheckpointSkipped,
     Event,
     Formation,
@@ -44,18 +45,36 @@ from hpcft.workers import WorkerSaid
 NODE = NodeId("node1")
 RUN = RunId("5a" * 16)
 SECONDS = 60.0
+EVERYTHING = Retention(10**6, 0)
 
 Saved = CheckpointCommitted | CheckpointFailed | CheckpointSkipped
 
 
-@dataclass
-class Worker:
-    """One rank of one generation."""
+def spec_of(directory: Path, generation: int, rank: int, ranks: int, page: int, control: int) -> WorkerSpec:
+    """What the worker of a rank is told."""
+    return WorkerSpec(
+        rank=Rank(rank),
+        world_size=ranks,
+        local_rank=rank,
+        generation=Generation(generation),
+        nonce=NONCE,
+        run=RUN,
+        run_directory=directory,
+        copies=True,
+        slot=rank,
+        page_fd=page,
+        control_fd=control,
+    )
 
-    name: str
-    saving: Saving
-    link: Link
-    ends: tuple[socket.socket, socket.socket]
+
+class Worker:
+    """One rank of one generation, in this process."""
+
+    def __init__(self, name: str, spec: WorkerSpec, ends: tuple[socket.socket, socket.socket]) -> None:
+        self.name = name
+        self.link = Link(spec)
+        self.saving = Saving(spec, self.link, torch.device("cpu"))
+        self.ends = ends
 
     def close(self) -> None:
         self.link.close()
@@ -67,7 +86,15 @@ class SavingNode:
     """`objects` are the state of all ranks."""
 
     def __init__(
-        self, directory: Path, root: Path, ranks: int, slots: int, memory: int | None, needs_copies: bool
+        self,
+        directory: Path,
+        root: Path,
+        ranks: int = 1,
+        slots: int = 2,
+        memory: int | None = 1 << 30,
+        needs_copies: bool = False,
+        page: NodePage | None = None,
+        retained: Retention = EVERYTHING,
     ) -> None:
         self.directory = directory
         self.root = root
@@ -81,13 +108,14 @@ class SavingNode:
         self._needs_copies = needs_copies
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._channels: dict[str, socket.socket] = {}
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._page = NodePage.create(ranks)
+        self._page = page or NodePage.create(ranks)
         self.snapshots = Snapshots(SaveSettings(self.root, memory, slots, None), self._answer, self._run)
         config = Config.model_validate({"run": {"name": "r"}, "job": {"script": "train.py"}})
         assignment = Assignment(RUN, directory, NODE, "127.0.0.1", (), config)
         self._ranks = Ranks(assignment, Incarnation("a"), self._page, self.snapshots, self._say, self._tell)
-        self._commits = Commits(self.root, RUN, Retention(1000, 0), self._deliver)
+        self._commits = Commits(self.root, RUN, retained, self._deliver)
 
     # --- a generation
 
@@ -95,39 +123,36 @@ class SavingNode:
         """Workers of the next generation, with this state; those of the one before are gone."""
         for worker in self.workers:
             self._leave(worker)
-        self.generation += 1
         self.objects = objects
+        self.workers = [self._worker(rank, name) for rank, name in enumerate(self._follow())]
+
+    def begin_with(self, channel: socket.socket) -> None:
+        """A generation of one worker, in another process, to which this leads."""
+        (name,) = self._follow()
+        self._channels = {name: channel}
+        self._loop.add_reader(channel, self._hear, name, channel)
+
+    def _follow(self) -> list[str]:
+        """Names of the workers of the next generation."""
+        self.generation += 1
         member = Member(NODE, Incarnation("a"), "127.0.0.1", self._count, Rank(0))
         formation = Formation(Term(1), Generation(self.generation), (member,), None, NONCE)
         self._commits.follow(formation)
-        names = self._ranks.begin(formation, ("127.0.0.1", 1))
-        self.workers = [self._worker(rank, name) for rank, name in enumerate(names)]
+        return list(self._ranks.begin(formation, ("127.0.0.1", 1)))
 
     def _worker(self, rank: int, name: str) -> Worker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        spec = WorkerSpec(
-            rank=Rank(rank),
-            world_size=self._count,
-            local_rank=rank,
-            generation=Generation(self.generation),
-            nonce=NONCE,
-            run=RUN,
-            run_directory=self.directory,
-            copies=True,
-            needs_copies=self._needs_copies,
-            slot=rank,
-            page_fd=self._page.fd,
-            control_fd=theirs.fileno(),
-        )
-        link = Link(spec)
-        worker = Worker(name, Saving(spec, link, torch.device("cpu")), link, (ours, theirs))
+        spec = spec_of(self.directory, self.generation, rank, self._count, self._page.fd, theirs.fileno())
+        worker = Worker(name, replace(spec, needs_copies=self._needs_copies), (ours, theirs))
         worker.saving.remember(named(self.objects), None, None)
-        self._loop.add_reader(ours, self._hear, worker)
+        self._channels[name] = ours
+        self._loop.add_reader(ours, self._hear, name, ours)
         return worker
 
     def _leave(self, worker: Worker) -> None:
         self._loop.remove_reader(worker.ends[0])
+        del self._channels[worker.name]
         worker.close()
 
     # --- saving
@@ -164,6 +189,10 @@ class SavingNode:
         directory = self.root / checkpoint_name(Step(step), Generation(self.generation))
         assert verify(directory, RUN) == []
         assert_same(load(directory, run=RUN), saved)
+
+    def retain(self, lineage: tuple[CheckpointRef, ...]) -> None:
+        """As the leader has it done when its term was renewed after a commit."""
+        self._commits.retain(lineage)
 
     def left(self) -> list[int]:
         """Steps of the committed checkpoints; nothing else is there."""
@@ -204,18 +233,21 @@ class SavingNode:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _hear(self, worker: Worker) -> None:
+    def _hear(self, name: str, channel: socket.socket) -> None:
         try:
-            packet, fds, _, _ = socket.recv_fds(worker.ends[0], 1 << 17, 8, socket.MSG_CMSG_CLOEXEC)
+            packet, fds, _, _ = socket.recv_fds(channel, 1 << 17, 8, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
+        except ConnectionResetError:
+            packet = b""
         if packet:
-            self._ranks.see(WorkerSaid(worker.name, orjson.loads(packet), tuple(fds)))
+            self._ranks.see(WorkerSaid(name, orjson.loads(packet), tuple(fds)))
+        else:
+            self._loop.remove_reader(channel)
 
     def _answer(self, name: str, message: Mapping[str, Any], fds: Sequence[int]) -> None:
-        for worker in self.workers:
-            if worker.name == name:
-                socket.send_fds(worker.ends[0], [orjson.dumps(message)], fds)
+        with suppress(KeyError, OSError):  # it has ended
+            socket.send_fds(self._channels[name], [orjson.dumps(message)], fds)
 
     def _say(self, event: Event) -> None:
         if isinstance(event, NodeReported):
@@ -245,8 +277,9 @@ async def saving_node(
     slots: int = 2,
     memory: int | None = 1 << 30,
     needs_copies: bool = False,
+    retained: Retention = EVERYTHING,
 ) -> AsyncIterator[SavingNode]:
-    node = SavingNode(directory, root or directory / "checkpoints", ranks, slots, memory, needs_copies)
+    node = SavingNode(directory, root or directory / "checkpoints", ranks, slots, memory, needs_copies, None, retained)
     try:
         yield node
     finally:

@@ -57,7 +57,7 @@ def full(root: Path) -> Iterator[str]:
 
 def served(mood: int, words: str) -> Fault:
     def fault(root: Path) -> Iterator[str]:
-        server = fuse.Server(fuse._pid(root))
+        server = fuse.server_of(root.parent / "served")
         server.now(mood)
         yield words
         server.now(fuse.GOOD)
@@ -84,7 +84,7 @@ def file_system(place: Path, kind: str) -> Iterator[Path]:
         with small_file_system(place, kind, 16) as disk:
             yield disk
         return
-    with fuse.served(place / "served", place / "checkpoints") as _:
+    with fuse.served(place / "served", place / "checkpoints"):
         yield place / "checkpoints"
 
 
