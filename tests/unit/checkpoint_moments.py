@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from checkpoint_samples import same_tensors
-from saving_node import RUN, SavingNode, spec_of
+from saving_node import RUN, SavingNode, carriers_of, spec_of
 from torch import nn
 
 from hpcft import process
@@ -109,7 +109,7 @@ def until_committed(root: Path, since: tuple[int, int], agent: int) -> None:
 
 def hit(agent: int, victim: str) -> None:
     below = process.children(agent)
-    carriers = [pid for pid in below if b"hpcft.carrier" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    carriers = carriers_of(agent)
     workers = [pid for pid in below if pid not in carriers]
     for pid in {"carrier": carriers, "worker": workers, "agent": [agent], "everything": [agent, *below]}[victim]:
         process.send(pid, signal.SIGKILL)

@@ -5,6 +5,7 @@ commits, and real carriers. Only training is left out.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ import orjson
 import torch
 from checkpoint_samples import NONCE, same_tensors
 
+from hpcft import process
 from hpcft.checkpoint.layout import checkpoint_name, parse_name
 from hpcft.checkpoint.load import load
 from hpcft.checkpoint.read import entries, verify
@@ -32,6 +34,7 @@ from hpcft.events import (
     Formation,
     Member,
     NodeReported,
+    SnapshotTaken,
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 from hpcft.page import NodePage
@@ -109,9 +112,11 @@ class SavingNode:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._channels: dict[str, socket.socket] = {}
+        self._taken: set[tuple[Generation, Step]] = set()
+        """What all ranks have a copy of, or have written."""
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._page = page or NodePage.create(ranks)
-        self.snapshots = Snapshots(SaveSettings(self.root, memory, slots, None), self._answer, self._run)
+        self.snapshots = Snapshots(SaveSettings(self.root, memory, slots, None), NODE, self._answer, self._run)
         config = Config.model_validate({"run": {"name": "r"}, "job": {"script": "train.py"}})
         assignment = Assignment(RUN, directory, NODE, "127.0.0.1", (), config)
         self._ranks = Ranks(assignment, Incarnation("a"), self._page, self.snapshots, self._say, self._tell)
@@ -164,7 +169,8 @@ class SavingNode:
         await until(lambda: all(worker.saving.prepared() for worker in self.workers))
 
     async def save(self, step: int, *, wait: bool = False) -> FlatState:
-        """All ranks save, as between two steps; returns what they saved."""
+        """All ranks save, as between two steps; returns what they saved. Without `wait` ranks would ask one another."""
+        assert wait or self._count == 1
         saved = self._state(step)
         async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as tasks:
             for worker in self.workers:
@@ -201,9 +207,9 @@ class SavingNode:
         return [entry.step for entry in entries(self.root)]
 
     def carrier(self, rank: int) -> int:
-        """The pid of a rank's carrier; 0: it has none yet."""
-        process = self.snapshots._shares[rank].carrier._process
-        return 0 if process is None else process.pid
+        """The pid of the carrier that writes for a rank; 0: there is none yet."""
+        carrier = self.snapshots._shares[rank].disk._process
+        return 0 if carrier is None else carrier.pid
 
     def report(self) -> NodeReported:
         """What the node says of itself."""
@@ -215,11 +221,9 @@ class SavingNode:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        pids = [share.carrier._process for share in self.snapshots._shares.values()]
         self.snapshots.end()
-        for process in pids:
-            if process is not None:
-                await process.wait()
+        await until(lambda: not carriers_of(os.getpid()))
+        await asyncio.sleep(0.01)  # for the loop to hear of it
         self._commits.close()
         for worker in self.workers:
             self._leave(worker)
@@ -250,22 +254,32 @@ class SavingNode:
             socket.send_fds(self._channels[name], [orjson.dumps(message)], fds)
 
     def _say(self, event: Event) -> None:
-        if isinstance(event, NodeReported):
-            self.reports.append(event)
+        match event:
+            case NodeReported():
+                self.reports.append(event)
+            case SnapshotTaken(generation=generation, step=step, in_memory=in_memory):
+                self._taken.add((generation, step))
+                if in_memory:
+                    self.snapshots.keep(generation, step)
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         ((kind, about),) = message.items()
         generation, step, rank = Generation(about["generation"]), Step(about["step"]), Rank(about["rank"])
         match kind:
             case "shard":
-                self._commits.reported(generation, step, rank, about["report"])
+                self._commits.reported(generation, step, rank, about["report"], about)
             case "skipped":
                 self._commits.skipped(generation, step, rank, about["reason"])
             case "save_failed":
                 self._commits.failed(generation, step, rank, about["reason"])
 
     def _deliver(self, event: Event) -> None:
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        self._loop.call_soon_threadsafe(self._hear_of, event)
+
+    def _hear_of(self, event: Event) -> None:
+        self._events.put_nowait(event)
+        if isinstance(event, CheckpointFailed) and (event.generation, event.step) not in self._taken:
+            self.snapshots.forget(event.generation, event.step)
 
 
 @asynccontextmanager
@@ -284,6 +298,18 @@ async def saving_node(
         yield node
     finally:
         await node.close()
+
+
+def carriers_of(agent: int) -> list[int]:
+    """Pids of its carriers, those included that were left behind."""
+
+    def runs(pid: int) -> bytes:
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return b""
+
+    return [pid for pid in process.children(agent) if b"hpcft.carrier" in runs(pid) or process.state_of(pid) == "Z"]
 
 
 def assert_same(found: FlatState, expected: FlatState) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_samples import quick_directory, small_file_system
-from saving_node import saving_node, until
+from saving_node import SavingNode, saving_node, until
 from torch import nn
 
 from hpcft import process
@@ -128,27 +128,36 @@ async def test_a_file_system_that_hangs_holds_nobody_up(tmp_path: Path, mood: in
     root = tmp_path / "checkpoints"
     with fuse.served(tmp_path / "served", root) as server:
         async with saving_node(tmp_path, slots=2, root=root) as node:
-            model = nn.Linear(30, 30)
-            node.begin(model=model)
-            await node.prepare()
-            await node.committed(1, await node.save(1, wait=True))
-            server.now(mood)
-            for step in (2, 3, 4):
-                change(model)
-                await node.save(step)
-            skipped = await node.outcome()
-            assert skipped.step == 4 and "still being written" in getattr(skipped, "reason", "")
-            hanging = node.carrier(0)
-            saves = node.report().saves
-            assert {each.step for each in saves} == {2, 3} and all(each.silent > 0 for each in saves)
-            node.begin(model=model)
-            await node.prepare()
-            saved = await node.save(5)
-            await until(lambda: node.carrier(0) not in (0, hanging))
-            assert [each.step for each in node.report().saves] == [5]
-            server.now(fuse.GO_ON if mood == fuse.HANG else fuse.GOOD)
-            await node.committed(5, saved)
-            await until(lambda: not process.lives(hanging))
-            await node.committed(6, await node.save(6, wait=True))
-            assert [entry.step for entry in entries(root)] == [1, 5, 6]
+            try:
+                await hang(node, server, mood)
+            finally:
+                server.now(fuse.GOOD if mood == fuse.NO_ANSWER else fuse.GO_ON)
     assert os.listdir(root) == []  # noqa: PTH208
+
+
+async def hang(node: SavingNode, server: fuse.Server, mood: int) -> None:
+    model = nn.Linear(30, 30)
+    node.begin(model=model)
+    await node.prepare()
+    await node.committed(1, await node.save(1, wait=True))
+    server.now(mood)
+    for step in (2, 3):
+        change(model)
+        await node.save(step, wait=True)
+    await until(lambda: len(node.report().saves) == 2)
+    await node.save(4)
+    skipped = await node.outcome()
+    assert skipped.step == 4 and "still being written" in getattr(skipped, "reason", "")
+    hanging = node.carrier(0)
+    saves = node.report().saves
+    assert {each.step for each in saves} == {2, 3} and all(each.silent > 0 for each in saves)
+    node.begin(model=model)
+    await node.prepare()
+    saved = await node.save(5, wait=True)
+    await until(lambda: node.carrier(0) not in (0, hanging))
+    assert [each.step for each in node.report().saves] == [5]
+    server.now(fuse.GO_ON if mood == fuse.HANG else fuse.GOOD)
+    await node.committed(5, saved)
+    await until(lambda: not process.lives(hanging))
+    await node.committed(6, await node.save(6, wait=True))
+    assert [entry.step for entry in entries(node.root)] == [1, 5, 6]
