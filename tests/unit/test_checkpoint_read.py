@@ -378,3 +378,15 @@ def test_state_on_a_gpu(tmp_path: Path) -> None:
     done = commit(tmp_path, save(tmp_path, flatten(state), 1, world_size=2, cut_above=32 << 20), facts())
     back = unflatten(load(done.directory))
     assert all(bits(back[name]) == bits(tensor.cpu()) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("name", ["step-00000009-g0001", "step-00000001-g0001", "nothing"])
+def test_a_hint_that_dangles_or_lies_decides_nothing_and_is_put_right(tmp_path: Path, name: str) -> None:
+    older, newest = committed(tmp_path, 1), committed(tmp_path, 2)
+    body = {"name": name, "step": 9, "generation": 1, "nonce": "0ther", "manifest": older.digest}
+    (tmp_path / "LATEST").write_bytes(seal("latest", body))
+    assert [entry.name for entry in entries(tmp_path)] == [older.name, newest.name]
+    assert same_tensors(load(newest.directory, run=RUN), flatten(training_state(2)))
+    again = committed(tmp_path, 2, generation=2)
+    latest = read_latest(tmp_path)
+    assert latest is not None and (latest.name, latest.manifest) == (again.name, again.digest)
