@@ -43,7 +43,7 @@ from hpcft.events import (
     WorldRefused,
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Step, Term
-from hpcft.keeper import AGENT_RESTART, FORWARDED, Inherited
+from hpcft.keeper import AGENT_RESTART, Inherited
 from hpcft.leader import Leader, SteppedDown
 from hpcft.membership import (
     Acknowledge,
@@ -64,6 +64,7 @@ from hpcft.membership import (
     may_claim,
 )
 from hpcft.page import NodePage, Order, now_ns
+from hpcft.process import FORWARDED
 from hpcft.ranks import Ranks
 from hpcft.rundir import RunDirectory
 from hpcft.snapshots import Answer, Run, Snapshots

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import orjson
+
+from hpcft.process import FORWARDED
 
 _PACKET = 1 << 17
 
@@ -26,7 +30,7 @@ class Carrier:
     """
 
     def __init__(self) -> None:
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._turn = asyncio.Lock()
 
@@ -45,7 +49,7 @@ class Carrier:
         """
         async with self._turn:
             try:
-                channel = await self._give(orjson.dumps(job), fds)
+                channel = self._give(orjson.dumps(job), fds)
                 while True:
                     await _readable(channel)
                     packet, found, _, _ = socket.recv_fds(channel, _PACKET, 8, socket.MSG_CMSG_CLOEXEC)
@@ -69,9 +73,9 @@ class Carrier:
         """Start the process ahead of its first job."""
         async with self._turn:
             if self._channel is None:
-                await self._start()
+                self._start()
 
-    async def _give(self, packet: bytes, fds: Sequence[int]) -> socket.socket:
+    def _give(self, packet: bytes, fds: Sequence[int]) -> socket.socket:
         """To the process; to another one, if it has died since its last job."""
         if self._channel is not None:
             try:
@@ -80,19 +84,25 @@ class Carrier:
                 self.leave_behind()
             else:
                 return self._channel
-        channel = await self._start()
+        channel = self._start()
         socket.send_fds(channel, [packet], fds)
         return channel
 
-    async def _start(self) -> socket.socket:
+    def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             numbers = ["--channel", str(theirs.fileno()), "--parent", str(os.getpid())]
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "hpcft.carrier", *numbers),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-            )
+            # Slurm signals every process of a job, and means the agent. What is blocked here stays blocked in the new
+            # process, from its first instruction on (which a loop's own way to start one does not promise).
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "hpcft.carrier", *numbers],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         ours.setblocking(False)
         self._channel = ours
         return ours
@@ -103,8 +113,8 @@ class Carrier:
             self._channel.close()
             self._channel = None
         if self._process is not None:
-            with suppress(ProcessLookupError):
-                self._process.kill()
+            self._process.kill()
+            threading.Thread(target=self._process.wait, name="hpcft-reap", daemon=True).start()
             self._process = None
 
 

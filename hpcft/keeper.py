@@ -48,21 +48,12 @@ from typing import NoReturn, Self
 
 from hpcft.errors import ExitCode
 from hpcft.page import NodePage
-from hpcft.process import become_subreaper, describe_status, die_with_parent, end_descendants, send, state_of
+from hpcft.process import FORWARDED, become_subreaper, describe_status, die_with_parent, end_descendants, send, state_of
 
 INHERITED_VARIABLE = "HPCFT_KEEPER_FDS"
 
 AGENT_RESTART = 120
 """Exit status by which an agent asks for a successor with a new incarnation (it has fenced itself, say)."""
-
-FORWARDED = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGHUP,
-    signal.SIGCONT,
-)
 
 _FINAL = frozenset(code.value for code in ExitCode) - {ExitCode.INTERNAL.value}
 _END_SECONDS = 10.0
