@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -70,10 +71,11 @@ class Carrier:
                 raise
 
     async def warm(self) -> None:
-        """Start the process ahead of its first job."""
+        """Start the process ahead of its first job. Where that fails, the job will say so."""
         async with self._turn:
             if self._channel is None:
-                self._start()
+                with suppress(OSError):
+                    self._start()
 
     def _give(self, packet: bytes, fds: Sequence[int]) -> socket.socket:
         """To the process; to another one, if it has died since its last job."""

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -105,8 +106,11 @@ class Link:
         try:
             packet, fds, _, _ = socket.recv_fds(self._channel, _PACKET, 8, socket.MSG_CMSG_CLOEXEC)
         except OSError:
+            packet, fds = b"", []
+        if not packet:
+            time.sleep(seconds)  # the agent is gone, and says nothing any more
             return None
-        return (orjson.loads(packet), fds) if packet else None
+        return orjson.loads(packet), fds
 
     def _say(self, message: dict[str, Any], fd: int | None = None) -> None:
         """Never raises: an agent that does not listen is gone, or about to end this process. Closes `fd`."""

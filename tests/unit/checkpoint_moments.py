@@ -115,13 +115,9 @@ def hit(agent: int, victim: str) -> None:
         process.send(pid, signal.SIGKILL)
 
 
-def end(agent: int) -> None:
-    below = process.descendants(agent)
-    for pid in (agent, *below):
-        process.send(pid, signal.SIGKILL)
-    os.waitpid(agent, 0)
-    while any(process.lives(pid) for pid in below):
-        time.sleep(0.001)
+def end() -> None:
+    left = process.end_descendants(60)
+    assert not left, left
 
 
 def check(root: Path, generation: int, since: tuple[int, int], context: str) -> CheckpointEntry:
@@ -165,7 +161,7 @@ def main() -> None:
             elif victim == "worker":
                 time.sleep(dice.uniform(0.0, 0.03))
         finally:
-            end(agent)
+            end()
         last = check(root, moment, before, context)
     left = len(entries(root))
     assert left < 10 * KEEP, f"{left} checkpoints are left: retention is behind"

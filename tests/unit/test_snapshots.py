@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,9 +116,16 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def node(tmp_path: Path) -> AsyncIterator[SavingNode]:
+def place() -> Iterator[Path]:
+    """Where an fsync costs nothing: who waits for a disk says nothing here."""
+    with quick_directory() as place:
+        yield place
+
+
+@pytest.fixture
+async def node(place: Path) -> AsyncIterator[SavingNode]:
     """One rank, one slot."""
-    async with saving_node(tmp_path, slots=1) as node:
+    async with saving_node(place, slots=1) as node:
         yield node
 
 
@@ -130,8 +137,8 @@ def stop(node: SavingNode, rank: int = 0) -> int:
     return pid
 
 
-async def test_what_was_copied_is_what_is_committed(tmp_path: Path) -> None:
-    async with saving_node(tmp_path, ranks=2) as node:
+async def test_what_was_copied_is_what_is_committed(place: Path) -> None:
+    async with saving_node(place, ranks=2) as node:
         model = Everything()
         node.begin(model=model, settings=Settings())
         await node.prepare()
@@ -148,8 +155,8 @@ async def test_what_was_copied_is_what_is_committed(tmp_path: Path) -> None:
     assert node.left() == [1, 2, 3]
 
 
-async def test_with_all_copies_busy_a_save_is_left_out_or_waits(tmp_path: Path) -> None:
-    async with saving_node(tmp_path) as node:
+async def test_with_all_copies_busy_a_save_is_left_out_or_waits(place: Path) -> None:
+    async with saving_node(place) as node:
         model = Everything()
         node.begin(model=model)
         await node.prepare()
@@ -216,8 +223,8 @@ async def test_a_state_that_changes_gets_arenas_of_its_own(node: SavingNode) -> 
     assert node.report().reserved == node.snapshots._shares[0].size, "what was outgrown is gone"
 
 
-async def test_arenas_outlive_their_worker_and_what_a_generation_left_unwritten_goes_with_it(tmp_path: Path) -> None:
-    async with saving_node(tmp_path, ranks=2) as node:
+async def test_arenas_outlive_their_worker_and_what_a_generation_left_unwritten_goes_with_it(place: Path) -> None:
+    async with saving_node(place, ranks=2) as node:
 
         def arenas() -> list[int]:
             return [os.fstat(slot.fd).st_ino for share in node.snapshots._shares.values() for slot in share.slots]
@@ -283,17 +290,15 @@ def moments(place: Path, number: int, seed: int) -> dict[str, Any]:
     return found
 
 
-def test_whoever_is_killed_at_some_moments_nothing_committed_is_lost() -> None:
-    with quick_directory() as place:
-        found = moments(place, 5, 2)
+def test_whoever_is_killed_at_some_moments_nothing_committed_is_lost(place: Path) -> None:
+    found = moments(place, 5, 2)
     assert sum(found["hits"].values()) == 5 and found["last step"] > 5
 
 
 @pytest.mark.drill
 @pytest.mark.timeout(3600)
-def test_whoever_is_killed_at_any_moment_nothing_committed_is_lost() -> None:
-    with quick_directory() as place:
-        found = moments(place, 500, int(time.time()))
+def test_whoever_is_killed_at_any_moment_nothing_committed_is_lost(place: Path) -> None:
+    found = moments(place, 500, int(time.time()))
     assert min(found["hits"].values()) > 80
 
 
@@ -345,14 +350,12 @@ async def grown(node: SavingNode, saves: int) -> None:
     await until(lambda: len(list(node.root.iterdir())) <= 6 and not list((node.root / ".trash").iterdir()))
 
 
-async def test_saves_leave_nothing_behind() -> None:
-    with quick_directory() as place:
-        async with saving_node(place, ranks=2, retained=Retention(2, 0)) as node:
-            await grown(node, 60)
+async def test_saves_leave_nothing_behind(place: Path) -> None:
+    async with saving_node(place, ranks=2, retained=Retention(2, 0)) as node:
+        await grown(node, 60)
 
 
 @pytest.mark.drill
-async def test_a_thousand_saves_leave_nothing_behind() -> None:
-    with quick_directory() as place:
-        async with saving_node(place, ranks=2, retained=Retention(2, 0)) as node:
-            await grown(node, 1000)
+async def test_a_thousand_saves_leave_nothing_behind(place: Path) -> None:
+    async with saving_node(place, ranks=2, retained=Retention(2, 0)) as node:
+        await grown(node, 1000)
