@@ -266,10 +266,15 @@ def read_chunk(fd: int, buffers: list[memoryview], offset: int) -> int:
 
 def chunk_damage(entry: FileEntry, chunk: int, length: int, buffers: Iterable[memoryview]) -> Damage | None:
     """Whether what was read of a chunk is what was written; `length` bytes of it came."""
+    return content_damage(entry, chunk, length, durable.digest_of(buffers))
+
+
+def content_damage(entry: FileEntry, chunk: int, length: int, digest: str) -> Damage | None:
+    """`chunk_damage` for content whose digest has been taken while it was read."""
     expected = min(CHUNK_BYTES, entry.size - chunk * CHUNK_BYTES)
     if length != expected:
         return Damage(entry.name, f"it ends {expected - length} bytes early", chunk, entry.tensors_at(chunk))
-    if durable.digest_of(buffers) != entry.digests[chunk]:
+    if digest != entry.digests[chunk]:
         return Damage(entry.name, "its content does not match its digest", chunk, entry.tensors_at(chunk))
     return None
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from hpcft import durable
 from hpcft.checkpoint.arena import content_of
-from hpcft.checkpoint.load import Need, SavedState, put_chunk
+from hpcft.checkpoint.load import SavedState
+from hpcft.checkpoint.needs import Need, put_chunk
 from hpcft.checkpoint.pieces import TensorShape, find_gap, index_digest
 from hpcft.checkpoint.share import raw
 from hpcft.checkpoint.write import Plan
@@ -72,14 +73,13 @@ def recall(link: Link, restore: Restore, rank: Rank) -> SavedState:
         raise Forgotten(f"the copies in memory are not one state{'' if plans else f': {gap}'}")
     sources = {number: holder.source for holder in restore.memory for number in holder.ranks}
     alone = len(restore.memory) == 1
+    ordered = [(image, None if alone else sources[number]) for number, image in sorted(images.items())]
     return SavedState(
         f"the copy of step {restore.step} in memory",
         index,
         orjson.loads(images[0].values)["state"],
-        tuple(
-            (image.plan.placed, partial(_take, image, None if alone else sources[number], rank))
-            for number, image in sorted(images.items())
-        ),
+        tuple(image.plan.placed for image, _ in ordered),
+        partial(_take_all, ordered, rank),
     )
 
 
@@ -135,7 +135,14 @@ def _tell_all(mine: dict[int, _Image], source: Rank, rank: Rank) -> dict[int, _I
     }
 
 
-def _take(image: _Image, source: Rank | None, rank: Rank, needs: Sequence[Need], whole: bool) -> None:
+def _take_all(
+    images: Sequence[tuple[_Image, Rank | None]], rank: Rank, needs: Sequence[Sequence[Need]], whole: bool
+) -> None:
+    for (image, source), needed in zip(images, needs, strict=True):
+        _take(image, source, rank, needed)
+
+
+def _take(image: _Image, source: Rank | None, rank: Rank, needs: Sequence[Need]) -> None:
     """Put what is needed of the copy where it belongs; from another node's memory if `source` says so."""
     scratch = torch.empty(0, dtype=torch.uint8)
     if source is not None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpcft.checkpoint.boxes import Box
+from hpcft.checkpoint.files import ALONE, Peers
 from hpcft.checkpoint.load import SavedState
 from hpcft.checkpoint.pieces import TensorShape
 from hpcft.checkpoint.read import UnreadableError
@@ -37,14 +38,14 @@ class RestoreError(UsageError):
     """The checkpoint is sound, and its state is not that of the objects given to `run.restore`."""
 
 
-def put_back(directory: Path, objects: Mapping[str, Stateful], run: RunId | None) -> Step:
+def put_back(directory: Path, objects: Mapping[str, Stateful], run: RunId | None, peers: Peers = ALONE) -> Step:
     """Load the checkpoint of the run into the objects; returns its step.
 
     CheckpointDamagedError, NotFoundError: it cannot be used, or is another run's. UnreadableError: not from here.
     RestoreError: it is one of other objects.
     """
     try:
-        return put_in(SavedState.open(directory, run), objects)
+        return put_in(SavedState.open(directory, run, peers), objects)
     except OSError as error:
         raise UnreadableError(directory, error) from error
 

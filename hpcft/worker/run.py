@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hpcft.checkpoint.files import Peers
 from hpcft.checkpoint.layout import CheckpointDamagedError, parse_name
 from hpcft.checkpoint.manifest import Metric
 from hpcft.checkpoint.read import UnreadableError
@@ -226,7 +227,12 @@ class Run:
                 if restore.memory:
                     self._step = put_in(recall(self._link, restore, self._spec.rank), found)
                 else:
-                    self._step = put_back(restore.directory, found, self._spec.run)
+                    self._step = put_back(
+                        restore.directory,
+                        found,
+                        self._spec.run,
+                        Peers(self._spec.local_rank, self._spec.local_world_size),
+                    )
             except (CheckpointDamagedError, NotFoundError) as error:
                 raise Unusable(error.message) from error
             except UnreadableError as error:

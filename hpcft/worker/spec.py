@@ -59,6 +59,7 @@ class WorkerSpec:
     rank: Rank = Rank(0)
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
     generation: Generation = Generation(0)
     nonce: str = ""
     run: RunId | None = None
@@ -112,6 +113,7 @@ class WorkerSpec:
                 rank=Rank(int(spec["rank"])),
                 world_size=int(spec["world_size"]),
                 local_rank=int(spec["local_rank"]),
+                local_world_size=int(spec.get("local_world_size", 1)),
                 generation=Generation(int(spec["generation"])),
                 nonce=str(spec["nonce"]),
                 run=RunId(str(spec["run_id"])),

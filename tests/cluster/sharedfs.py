@@ -13,8 +13,10 @@ system that speaks the FUSE protocol (linux/fuse.h, version 7.31) itself, one se
   EACCES. SIGUSR2: back to normal.
 
 Nodes share the files of SOURCE, not a page cache: each has its own, checked at every call (no attribute cache), so
-they agree as the clients of a coherent network file system do. Locks (flock, fcntl) hold within a node only, as on
-NFS without a lock manager. No extended attributes, no device files. Standard library only.
+they agree as the clients of a coherent network file system do. Pages stay in it when a file is opened again, unless the
+file has changed. When it is unmounted, a server says on stderr how many bytes have been read from it. Locks (flock,
+fcntl) hold within a node only, as on NFS without a lock manager. No extended attributes, no device files. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from pathlib import Path
 
 MAX_WRITE = 1 << 20
 ROOT = 1
+KEEP_CACHE = 1 << 1
 SERVER_FLAGS = os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_DIRECT
 
 HEADER = struct.Struct("=IIQQIIIHH")
@@ -79,6 +82,7 @@ class Files:
     listings: dict[int, list[tuple[bytes, int, int]]] = field(default_factory=dict)
     next_node: int = ROOT + 1
     next_listing: int = 1
+    read_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.nodes[ROOT] = Node(self.root, _key(os.fstat(self.root)))
@@ -163,7 +167,7 @@ class Files:
 
     def open(self, caller: Caller, body: bytes) -> bytes:
         flags = struct.unpack_from("=I", body)[0] & ~SERVER_FLAGS
-        return struct.pack("=QIi", os.open(f"/proc/self/fd/{self.nodes[caller.node].fd}", flags), 0, 0)
+        return struct.pack("=QIi", os.open(f"/proc/self/fd/{self.nodes[caller.node].fd}", flags), KEEP_CACHE, 0)
 
     def create(self, caller: Caller, body: bytes) -> bytes:
         flags, mode = struct.unpack_from("=II", body)
@@ -181,7 +185,9 @@ class Files:
 
     def read(self, caller: Caller, body: bytes) -> bytes:
         fh, offset, size = struct.unpack_from("=QQI", body)
-        return os.pread(fh, size, offset)
+        data = os.pread(fh, size, offset)
+        self.read_bytes += len(data)
+        return data
 
     def write(self, caller: Caller, body: bytes) -> bytes:
         fh, offset, size = struct.unpack_from("=QQI", body)
@@ -345,6 +351,8 @@ def serve(files: Files, fuse: int) -> None:
             waiting.append(os.read(fuse, MAX_WRITE + 4096))
         except OSError as error:
             if error.errno == errno.ENODEV:  # unmounted
+                with contextlib.suppress(OSError):
+                    os.write(2, b"read: %d bytes\n" % files.read_bytes)
                 return
             if error.errno not in (errno.EAGAIN, errno.ENOENT, errno.EINTR):  # ENOENT: the caller was interrupted
                 raise

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcft.checkpoint import load as loading
+from hpcft.checkpoint import files
 from hpcft.checkpoint.boxes import Box, Region, cover, first_position, flat_range, last_position, overlap, shard, within
 from hpcft.checkpoint.commit import commit
 from hpcft.checkpoint.layout import checkpoint_name
@@ -161,9 +161,9 @@ def test_boxes_across_chunks_of_a_file(tmp_path: Path, monkeypatch: pytest.Monke
     name = checkpoint_name(Step(3), Generation(1))
     saved = SavedState.open(commit(tmp_path, [save_share(tmp_path, name, NONCE, Rank(0), 1, state)], facts()).directory)
     read: list[int] = []
-    original = loading.read_chunk
+    original = files.read_chunk
     monkeypatch.setattr(
-        loading, "read_chunk", lambda fd, buffers, offset: (read.append(offset >> 24), original(fd, buffers, offset))[1]
+        files, "read_chunk", lambda fd, buffers, offset: (read.append(offset >> 24), original(fd, buffers, offset))[1]
     )
     for region, chunks in (
         (((2900, 0), (100, 1501)), [1]),
@@ -174,4 +174,4 @@ def test_boxes_across_chunks_of_a_file(tmp_path: Path, monkeypatch: pytest.Monke
         read.clear()
         boxes = {"first": Box((3000, 1501), *region), "second": Box((3000, 1501), (0, 0), (0, 0))}
         assert torch.equal(saved.read(boxes).tensors["first"], whole[slices(region)])
-        assert read == chunks
+        assert sorted(set(read)) == chunks
