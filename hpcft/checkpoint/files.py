@@ -38,7 +38,7 @@ from hpcft.checkpoint.read import content_damage, damage_of, read_chunk, stat_da
 from hpcft.durable import CHUNK_BYTES
 
 _THREADS = 4
-"""More have not been faster, and each may need a chunk of memory."""
+"""At most, since each may need a chunk of memory."""
 
 _STRETCH = 4
 """Chunks of a window that are one rank's own."""
