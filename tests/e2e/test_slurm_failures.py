@@ -109,6 +109,7 @@ def test_cut_off_with_the_run_directory_in_reach(cluster: Cluster) -> None:
     assert run.ledger().exact, run.ledger()
 
 
+@pytest.mark.drill
 def test_cut_off_without_the_run_directory(cluster: Cluster) -> None:
     run = SlurmRun(cluster, "cutoff", SLOW, place=cluster.detachable).submit()
     run.trains(past=13)
@@ -178,6 +179,7 @@ def test_stopped_agent(cluster: Cluster) -> None:
     assert run.ledger().exact, run.ledger()
 
 
+@pytest.mark.drill
 def test_a_worker_that_cannot_be_killed(cluster: Cluster) -> None:
     """One hangs in the kernel (state D), on a file system that its node has lost: the node is given up until it is rid
     of it."""

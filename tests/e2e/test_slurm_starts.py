@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 HPCFT = Path(sys.executable).parent / "hpcft"
 
 
+@pytest.mark.drill
 def test_from_one_file(cluster: Cluster) -> None:
     """`make binary`, dropped on the shared file system, unpacked on each node; torch comes from the environment."""
     subprocess.run(["make", "--silent", "binary"], cwd=REPOSITORY, check=True, capture_output=True, timeout=300)

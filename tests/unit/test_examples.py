@@ -133,6 +133,7 @@ def test_the_example_trains_alone_and_its_loss_falls(topics_text: Path) -> None:
 # --- programs of other tests
 
 
+@pytest.mark.drill
 @pytest.mark.local
 def test_the_bit_exact_program_has_the_same_bits_with_and_without_loader_processes(tmp_path: Path) -> None:
     program = f"""
@@ -150,6 +151,7 @@ hpcft.main(exact.train)
     assert a == b != c
 
 
+@pytest.mark.drill
 @pytest.mark.local
 def test_the_plain_program_runs_under_torchrun_and_resumes(tmp_path: Path) -> None:
     def torchrun(steps: int) -> dict[str, float]:
