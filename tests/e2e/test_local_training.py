@@ -123,6 +123,27 @@ def test_workers_killed_at_any_moment_change_nothing(tmp_path: Path, undisturbed
     assert budget["infrastructure"] == 5 and budget["user code"] == 0
 
 
+def test_what_is_only_in_memory_is_gone_on_from_and_becomes_durable(tmp_path: Path, undisturbed: Any) -> None:
+    """Copies after every third step, and no checkpoint but the last: also one in the midst of a copy."""
+    out = tmp_path / "digest"
+    settings = {
+        **exact(out, strikes=("1 20 1 kill", "2 33 2 kill saving"), pause=0.05),
+        "checkpoint.every": "1000 steps",
+        "checkpoint.snapshot_every": "3 steps",
+        "nodes.min": 2,
+    }
+    with LocalRun(tmp_path, settings).start() as run:
+        status = run.ends(0)
+    assert out.read_text() == undisturbed.digest
+    report = run.assert_exact(STEPS)
+    starts = [each.restored_step for each in report.generations]
+    assert starts[0] == 0 and starts[1] in (15, 18) and starts[2] in (27, 30), "the last copy or the one before it"
+    assert "from the copy of step" in status["incidents"][0]["reason"]
+    durable = [each["step"] for each in status["checkpoints"]]
+    assert durable[-1] == STEPS and set(durable) <= {*starts, STEPS}, "what was gone on from, if there was time"
+    assert command("ckpt", "verify", "--all", run.directory).returncode == 0
+
+
 def test_other_ways_to_die_and_two_in_a_row(tmp_path: Path, undisturbed: Any) -> None:
     out = tmp_path / "digest"
     strikes = (
