@@ -97,6 +97,8 @@ class FlatState:
     def part(self, piece: Piece) -> Tensor:
         """What a piece holds, a view; it has to lie in what this rank has of its tensor."""
         tensor = self.tensors[piece.name]
+        if tensor.shape == piece.extent:
+            return tensor
         if not piece.nbytes:
             return tensor.new_empty(piece.extent)
         region = piece.offsets, piece.extent
@@ -205,17 +207,19 @@ class _Encoder:
         return [[self._key(key, path), self.encode(item, (*path, key))] for key, item in value.items()]
 
     def _key(self, key: object, path: _Path) -> Json:
+        if type(key) is str and _is_text(key):
+            return key
         if isinstance(key, (Tensor, np.ndarray)):
             raise StateError(f"state[{_spell(path)}] has a tensor as a key", "use numbers or strings as keys")
         return self.encode(key, (*path, "<key>"))
 
     def _tensor(self, tensor: Tensor, path: _Path) -> Json:
-        where = f"state[{_spell(path)}]"
         if not is_sharded(tensor):
-            stored, note = _stored(tensor, where)
+            stored, note = _stored(tensor, path)
             return {"tensor": self._name(path, stored), **note}
+        where = f"state[{_spell(path)}]"
         layout, local = split(tensor)
-        stored, note = _stored(local, where)
+        stored, note = _stored(local, path)
         name = self._name(path, stored)
         self.layouts[name] = layout
         try:
@@ -268,23 +272,23 @@ class _Encoder:
         return name
 
 
-def _stored(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Json]]:
+def _stored(tensor: Tensor, path: _Path) -> tuple[Tensor, dict[str, Json]]:
     """The tensor as one of a type that safetensors knows, and what the values say of that."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         raise StateError(
-            f"{where} is a {type(tensor).__qualname__}, a kind of tensor that a checkpoint cannot keep",
+            f"state[{_spell(path)}] is a {type(tensor).__qualname__}, a kind of tensor that a checkpoint cannot keep",
             "give plain tensors or DTensors",
         )
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         kind = "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout)
-        raise StateError(f"{where} is a {kind} tensor, which a checkpoint cannot keep", "make it dense")
+        raise StateError(f"state[{_spell(path)}] is a {kind} tensor, which a checkpoint cannot keep", "make it dense")
     true = tensor.dtype
     tensor = tensor.detach()
     if true in DTYPE_NAMES:
         return tensor, {}
     stored = _STORED_AS.get(true)
     if stored is None:
-        raise StateError(f"{where} has the type {true}, which a checkpoint cannot keep", "convert it")
+        raise StateError(f"state[{_spell(path)}] has the type {true}, which a checkpoint cannot keep", "convert it")
     if true.is_complex:
         tensor = torch.view_as_real(tensor.resolve_conj().resolve_neg())
     else:
