@@ -14,8 +14,8 @@ load       from files into the model: memcpy + digest (warm); raw read, best as 
 restore    from memory, or files, into a new process after a worker's death: memcpy
 memory     what all processes take in addition: the state, as often as there are copies of it
 
-Each system has processes of its own. By CPU time of the rank's thread, a ratio depends less on who else uses the machine.
-Ratios are to the limit; of rates (write, load) more is better.
+Each system has processes of its own. Ratios are to the limit; of rates (write, load) more is better. By CPU time of the
+rank's thread, a ratio depends less on who else uses the machine.
 Peers: pip install -c constraints.txt -r benchmarks/requirements.txt
 """
 
@@ -108,7 +108,7 @@ def sessions(sizes: Sequence[int], ranks: Sequence[int], peers: bool, small: int
     for size in sizes:
         for count in ranks:
             yield from (Session("save", system, size, count) for system in of(SAVERS))
-        if size == sizes[0]:
+        if small and size == sizes[0]:
             yield from (Session("save", system, size, 1, small) for system in of(SAVERS))
         yield from (Session("train", system, size) for system in of(IN_BACKGROUND))
         yield from (Session("load", system, size) for system in of(LOADERS))
@@ -231,7 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--sizes", default="1GiB,4GiB", help="of the state")
     parser.add_argument("--ranks", default="1,2,4", help="numbers of DDP ranks to save with")
-    parser.add_argument("--small-tensors", type=int, default=SMALL_TENSORS, metavar="N", help="in the case of many")
+    parser.add_argument(
+        "--small-tensors", type=int, default=SMALL_TENSORS, metavar="N", help="in the case of many; 0: none"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2, help="rounds before, two for hpcft to try both ways to write")
     parser.add_argument("--quick", action="store_true", help="one repeat, the first size")
