@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -101,9 +102,9 @@ class Options:
         return not self.wanted or any(case.startswith(each) for each in self.wanted)
 
 
-def sessions(sizes: Sequence[int], ranks: Sequence[int], peers: bool, small: int) -> Iterator[Session]:
+def sessions(sizes: Sequence[int], ranks: Sequence[int], chosen: Sequence[str], small: int) -> Iterator[Session]:
     def of(systems: Sequence[str]) -> Iterator[str]:
-        return (each for each in systems if peers or each.startswith("hpcft"))
+        return (each for each in systems if any(each.startswith(beginning) for beginning in chosen))
 
     for size in sizes:
         for count in ranks:
@@ -237,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2, help="rounds before, two for hpcft to try both ways to write")
     parser.add_argument("--quick", action="store_true", help="one repeat, the first size")
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--systems", default="", help="how their names begin, such as hpcft,torch; without it all")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each rank")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -256,8 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     repeats = 1 if given.quick else given.repeats
     options = Options(tuple(given.cases), repeats, given.warm_up, given.threads, given.directory, gpus)
     process.become_subreaper()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing is left behind
     ranks = [*map(int, given.ranks.split(","))]
-    chosen = sessions(sizes[: 1 if given.quick else None], ranks, not given.no_peers, given.small_tensors)
+    chosen = sessions(sizes[: 1 if given.quick else None], ranks, given.systems.split(","), given.small_tensors)
     rows = asyncio.run(measure_all(chosen, options))
     process.end_descendants(10.0)
     show(sorted(rows, key=lambda each: each.case), given.json)

@@ -272,11 +272,15 @@ class _Taken:
 
 
 class TorchCheckpointing(_Peer):
-    """Its manager as it comes. It copies in the background, too: training waits for that before parameters change."""
+    """Its manager, through the page cache: as it comes, it fails on ext4. Training waits for the copy that it makes in
+    the background, for parameters must not change before."""
 
     def __init__(self, place: Path, model: nn.Module) -> None:
         super().__init__(place, model)
-        self._manager = _imported("torch_checkpointing").CheckpointManager()
+        library = _imported("torch_checkpointing")
+        storage = importlib.import_module("torch_checkpointing.storage.filesystem")
+        config = library.CheckpointManager.Config(storage_config=storage.LocalFileSystemStorageConfig(False))
+        self._manager = library.CheckpointManager(config)
 
     def save(self) -> Pending:
         path = self._next()

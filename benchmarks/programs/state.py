@@ -24,7 +24,7 @@ from systems import HPCFT, PEERS, System, Unavailable
 from torch import nn
 
 import hpcft
-from hpcft.process import descendants
+from hpcft.process import descendants, die_with_parent
 
 _STEPS_ALONE = 20
 _PAUSE = 0.02
@@ -258,8 +258,10 @@ def train(run: hpcft.Run) -> None:
     except Exception as error:  # a peer's: its row says so
         if name in HPCFT:
             raise
-        rank.say(failed=f"{type(error).__name__}: {error}"[:160].partition("\n")[0])
+        rank.say(failed=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1][:160]}")
     os._exit(0)  # no last save
 
 
-hpcft.main(train)
+if __name__ == "__main__":  # some peers start processes that import this file
+    die_with_parent(os.getppid())
+    hpcft.main(train)

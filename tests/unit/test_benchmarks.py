@@ -31,7 +31,7 @@ def rows(place: Path, *arguments: str, timeout: float = 120) -> dict[tuple[str, 
 
 
 def test_cases_are_chosen_by_how_they_begin(tmp_path: Path) -> None:
-    found = rows(tmp_path, "blocking-2MiB-1r", "write", "--ranks", "1", "--small-tensors", "0", "--no-peers")
+    found = rows(tmp_path, "blocking-2MiB-1r", "write", "--ranks", "1", "--small-tensors", "0", "--systems", "hpcft")
     assert {case for case, _ in found} == {"blocking-2MiB-1r", "write-2MiB-1r"}
     for row in found.values():
         assert row["median"] > 0 and row["limit"] > 0, row
@@ -39,7 +39,7 @@ def test_cases_are_chosen_by_how_they_begin(tmp_path: Path) -> None:
 
 @pytest.mark.drill
 def test_every_case_of_ours_has_a_figure_and_its_limit(tmp_path: Path) -> None:
-    found = rows(tmp_path, "--ranks", "1,2", "--small-tensors", "100", "--no-peers", timeout=600)
+    found = rows(tmp_path, "--ranks", "1,2", "--small-tensors", "100", "--systems", "hpcft", timeout=600)
     families = {"blocking", "write", "slowdown", "load", "restore", "memory"}
     assert {case.partition("-")[0] for case, _ in found} == families
     for row in found.values():
