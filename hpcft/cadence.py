@@ -80,6 +80,21 @@ def best_interval(cost: float, mtbf: float) -> float:
     return math.sqrt(2 * cost * mtbf) * (1 + math.sqrt(share) / 3 + share / 9)
 
 
+class Loss(NamedTuple):
+    """Expected shares of the time."""
+
+    saving: float
+    """That saves take."""
+    repeating: float
+    """And that training spends on steps which a failure had undone."""
+
+
+def expected_loss(interval: float, cost: float, lag: float, rate: float) -> Loss:
+    """With `interval` seconds from save to save, each of which stops training for `cost` and is durable after `lag`,
+    and `rate` failures per second: each is worth the time trained since the last save began that became durable."""
+    return Loss(cost / max(interval, cost), rate * (interval / 2 + lag))
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How often is saved, and why. Seconds; None: not known yet."""
@@ -126,7 +141,7 @@ def plan(rules: SaveRules, world: World, now: float) -> Plan:
     interval, bound = _interval(rules, cost, lag, rate, step_seconds(world, now))
     saving = repeating = None
     if interval is not None and cost is not None and lag is not None:
-        saving, repeating = cost / max(interval, cost), rate * (interval / 2 + lag)
+        saving, repeating = expected_loss(interval, cost, lag, rate)
     reckoned = Plan(
         rules.every, interval, cost, lag, len(world.saves), failures, trained, rate, saving, repeating, reason=""
     )

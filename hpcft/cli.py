@@ -23,6 +23,7 @@ from typing import NoReturn
 import click
 
 from hpcft import __version__
+from hpcft.cli_bench import bench_group
 from hpcft.cli_ckpt import ckpt_group
 from hpcft.errors import ExitCode, HpcftError
 from hpcft.options import (
@@ -340,6 +341,9 @@ def doctor_command(config: Path | None, sets: tuple[str, ...], as_json: bool) ->
     if as_json:
         print_json(doctor.as_dict(findings))
     return doctor.exit_code(findings)
+
+
+cli.add_command(bench_group)
 
 
 @cli.command("completion")

@@ -86,8 +86,8 @@ def is_journaled(event: Event) -> bool:
     return not isinstance(event, NodeHeard | NodeReported | SnapshotTaken | SnapshotDropped | Ticked)
 
 
-def replay(directory: Path) -> Replayed:
-    """Rebuild the world from the newest lineage.
+def replay(directory: Path, see: Callable[[float, Event], None] = lambda at, event: None) -> Replayed:
+    """Rebuild the world from the newest lineage; `see` is told of each event, and when it was on the run clock.
 
     Raises:
         DamagedError: a line inside the lineage is not what was written; the message names file and line.
@@ -117,6 +117,7 @@ def replay(directory: Path) -> Replayed:
                 clock, written = float(record["at"]), datetime.fromisoformat(record["wall"]).astimezone(UTC)
                 event = wire.decode_event(record["event"])
                 world = apply(world, event, clock)
+                see(clock, event)
             except (ValueError, KeyError, TypeError) as error:
                 raise _damaged(path, number, error) from error
             if isinstance(event, CheckpointsFound) and event.branch:

@@ -12,7 +12,7 @@ from hpcft.cli import cli
 _HEAD = """\
 # Commands
 
-<!-- Printed by `make docs`; change hpcft/cli.py and hpcft/cli_ckpt.py, not this page. -->
+<!-- Printed by `make docs`; change hpcft/cli.py and hpcft/cli_*.py, not this page. -->
 
 CONFIG is a configuration file ([configuration.md](configuration.md)). RUN is the name of a run, its directory, or its
 configuration file; without it, the run that is live is meant, else the newest under `--root`. If several are live,

@@ -34,7 +34,7 @@ COMMANDS = [
     ("run",), ("submit",), ("agent",), ("wait",), ("status",), ("logs",), ("ledger",),
     ("ckpt", "ls"), ("ckpt", "show"), ("ckpt", "verify"), ("ckpt", "diff"), ("ckpt", "pin"), ("ckpt", "unpin"),
     ("ckpt", "prune"), ("ckpt", "export"), ("mirror", "ls"), ("mirror", "push"), ("mirror", "pull"),
-    ("stop",), ("doctor",), ("completion",),
+    ("stop",), ("doctor",), ("bench", "checkpoint-frequency"), ("completion",),
 ]  # fmt: skip
 FORBIDDEN = ("torch", "pydantic", "rich", "numpy", "asyncio", "psutil")
 

@@ -14,7 +14,7 @@ import torch
 
 from hpcft.data import JsonLines
 from hpcft.errors import UnusableError
-from hpcft.examples import text
+from hpcft.examples import sized, text
 from hpcft.examples.gpt import GPT, Bytes, Settings, learning_rate
 
 torch.set_num_threads(1)
@@ -120,6 +120,36 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
 
 
 @pytest.mark.local
+@pytest.mark.parametrize("parameters", [20_000, 300_000, 2_000_000])
+def test_a_model_has_about_as_many_parameters_as_were_asked_for(parameters: int) -> None:
+    settings = sized.Settings(parameters=parameters)
+    model, _, data = sized.build(settings, torch.device("cpu"))
+    there = sum(parameter.numel() for parameter in model.parameters())
+    assert there == sized.shape_of(parameters, settings.context).parameters(settings.context)
+    assert there == pytest.approx(parameters, rel=0.15 if parameters < 100_000 else 0.03)
+    assert data.state_dict()["samples"] == settings.samples
+
+
+@pytest.mark.parametrize("parameters", [125_000_000, 1_300_000_000, 70_000_000_000])
+def test_large_models_have_the_proportions_of_large_models(parameters: int) -> None:
+    shape = sized.shape_of(parameters, 32)
+    assert shape.parameters(32) == pytest.approx(parameters, rel=0.03)
+    assert 16 <= shape.width / shape.layers <= 256
+
+
+def test_made_up_samples_are_determined_by_their_number() -> None:
+    data = sized.MadeUp(8, context=16)
+    assert torch.equal(data[3], data[3])
+    assert not torch.equal(data[3], data[4])
+    assert data[7].shape == (17,)
+    assert int(data[7].max()) < 256
+
+
+def test_a_model_can_be_too_small() -> None:
+    with pytest.raises(ValueError, match="the smallest has"):
+        sized.shape_of(sized.SMALLEST - 1, 32)
+
+
 def test_the_example_trains_alone_and_its_loss_falls(topics_text: Path) -> None:
     program = (
         "import functools, hpcft; from hpcft.examples import gpt; gpt.Settings = functools.partial(gpt.Settings, "
