@@ -145,7 +145,7 @@ def checkpoint_frequency_command(
     else:
         assert config is not None
         model = str(config)
-    site, chosen, unavailable, expected = _prepared(config, sets, modes, nodes, workers, local, params is not None)
+    site, chosen, expected = _prepared(config, sets, modes, nodes, workers, local, params is not None)
     seconds, source = _mtbf(config, sets, root, mtbf, mtbf_of, expected)
     question = Question(
         config=config,
@@ -157,7 +157,6 @@ def checkpoint_frequency_command(
         steps=steps,
         mtbf=seconds,
         mtbf_source=source,
-        unavailable=unavailable,
         keep=keep,
     )
     process.become_subreaper()
@@ -195,12 +194,11 @@ def _prepared(
     workers: int | None,
     local: bool,
     sized: bool,
-) -> tuple[Site, tuple[Mode, ...], dict[Mode, str], float]:
-    """Where the trials run, which modes can be had, why others cannot, and the configured time between failures."""
+) -> tuple[Site, tuple[Mode, ...], float]:
+    """Where the trials run, which modes, and the configured time between failures."""
     from hpcft.bench.plan import SAVING, Mode
     from hpcft.bench.site import InAllocation, Local
     from hpcft.config import check_program, check_torch
-    from hpcft.config.model import CheckpointSection
     from hpcft.slurm.nodelist import expand
 
     config = load_config(path, sets)
@@ -212,10 +210,7 @@ def _prepared(
     check_program(config)
     check_torch(config)
     asked = tuple(Mode(each) for each in modes) or SAVING
-    unavailable = {}
-    if "snapshot_every" not in CheckpointSection.model_fields and Mode.MEMORY in asked:
-        unavailable[Mode.MEMORY] = "this version of hpcft makes no copies without writing them"
-    chosen = tuple(each for each in SAVING if each in asked and each not in unavailable)
+    chosen = tuple(each for each in SAVING if each in asked)
     site: Site
     if "SLURM_JOB_NODELIST" in os.environ and not local:
         if nodes is not None:
@@ -228,7 +223,7 @@ def _prepared(
         site = Local(nodes or 1, workers or 2)
     else:
         site = Local(nodes or config.local.nodes, workers or config.local.workers)
-    return site, chosen, unavailable, config.checkpoint.mtbf
+    return site, chosen, config.checkpoint.mtbf
 
 
 def _mtbf(

@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,6 @@ class Question:
     """Seconds between failures, on average."""
     mtbf_source: str
     """For people: how that is known."""
-    unavailable: Mapping[Mode, str] = field(default_factory=dict)
-    """Modes that were asked for and cannot be had, and why."""
     keep: bool = False
     """Whether the trials' checkpoints are left where they are."""
 

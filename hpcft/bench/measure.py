@@ -55,6 +55,7 @@ def settings(trial: Trial, root: Path) -> tuple[str, ...]:
         "run.name": trial.name,
         "checkpoint.mode": "async" if trial.mode in (Mode.ASYNC, Mode.MEMORY) else "sync",
         "checkpoint.every": "off" if trial.mode is Mode.MEMORY else every,
+        "checkpoint.snapshot_every": every if trial.mode is Mode.MEMORY else "off",
         "checkpoint.keep": 2,
         "checkpoint.keep_every": 0,
         "checkpoint.keep_best": 0,
@@ -62,8 +63,6 @@ def settings(trial: Trial, root: Path) -> tuple[str, ...]:
         "slurm.requeue": "false",
         "drill.kill_rank": -1,
     }
-    if trial.mode is Mode.MEMORY:
-        mine["checkpoint.snapshot_every"] = every
     return tuple(f"{key}={value}" for key, value in mine.items())
 
 

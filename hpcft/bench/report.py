@@ -59,8 +59,6 @@ def rows(results: Results) -> list[Row]:
     unsaved = [each for each in results.trials if each.mode is Mode.NONE]
     found = [_of_none(results, unsaved, base)]
     for mode in SAVING:
-        if mode in results.question.unavailable:
-            found.append(_empty(mode, None, f"not available: {results.question.unavailable[mode]}"))
         mine = [each for each in results.trials if each.mode is mode]
         found += [_row(results, each, base) for each in mine]
         if mine:

@@ -33,6 +33,7 @@ from hpcft.events import (
     WorkerFailed,
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step
+from hpcft.units import EverySteps
 
 # --- which trials ---
 
@@ -80,10 +81,12 @@ def test_what_a_trial_is_expected_to_take_grows_with_its_saves() -> None:
 def test_a_trials_settings_are_a_valid_configuration(tmp_path: Path) -> None:
     job = tmp_path / "job.toml"
     write_job(job, 20_000, {"context": 16})
-    for mode in (Mode.NONE, Mode.SYNC, Mode.ASYNC):
+    for mode in Mode:
         config = load(job, sets=settings(Trial("t", mode, 5 if mode is not Mode.NONE else 0), tmp_path))
         assert config.run.root == tmp_path
-        assert config.checkpoint.mode == ("async" if mode is Mode.ASYNC else "sync")
+        assert config.checkpoint.mode == ("async" if mode in (Mode.ASYNC, Mode.MEMORY) else "sync")
+        assert isinstance(config.checkpoint.every, EverySteps) is (mode in (Mode.SYNC, Mode.ASYNC))
+        assert isinstance(config.checkpoint.snapshot_every, EverySteps) is (mode is Mode.MEMORY)
         assert not config.slurm.requeue, "a trial must not send the job that it is part of back to the queue"
 
 
@@ -257,10 +260,7 @@ def test_rows_have_overhead_rates_and_their_share_of_the_limit() -> None:
 
 
 def test_what_was_not_measured_says_so() -> None:
-    found = results()
-    question = replace(found.question, unavailable={Mode.MEMORY: "no such thing here"})
-    notes = [row.note for row in report.rows(replace(found, question=question))]
-    assert "not available: no such thing here" in notes
+    notes = [row.note for row in report.rows(results())]
     assert notes.count("a trial is shorter; --steps N") == 3, "one for each mode that was measured"
 
 
