@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -138,19 +139,21 @@ def checkpoint_frequency_command(
         raise UsageError("failures that come at once leave no time to train", "--mtbf 3h, say")
     directory = root.absolute() / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
     directory.mkdir(parents=True)
-    if params is not None:
-        check_room(directory, params * STATE_BYTES)
-        config, model = directory / "job.toml", f"{params:,} parameters"
-        write_job(config, params, {})
-    else:
+    try:
+        if params is not None:
+            check_room(directory, params * STATE_BYTES)
+            config = directory / "job.toml"
+            write_job(config, params, {})
         assert config is not None
-        model = str(config)
-    site, chosen, expected = _prepared(config, sets, modes, nodes, workers, local, params is not None)
-    seconds, source = _mtbf(config, sets, root, mtbf, mtbf_of, expected)
+        site, chosen, expected = _prepared(config, sets, modes, nodes, workers, local, params is not None)
+        seconds, source = _mtbf(root, mtbf, mtbf_of, expected)
+    except HpcftError:
+        shutil.rmtree(directory)
+        raise
     question = Question(
         config=config,
         sets=sets,
-        model=model,
+        model=str(config) if params is None else f"{params:,} parameters",
         modes=chosen,
         every=every or EVERY[unit == "epoch"],
         epochs=unit == "epoch",
@@ -226,9 +229,7 @@ def _prepared(
     return site, chosen, config.checkpoint.mtbf
 
 
-def _mtbf(
-    path: Path, sets: tuple[str, ...], root: Path, given: float | None, of: str | None, expected: float
-) -> tuple[float, str]:
+def _mtbf(root: Path, given: float | None, of: str | None, expected: float) -> tuple[float, str]:
     """Seconds between failures, and how that is known."""
     from hpcft import status
 

@@ -61,6 +61,7 @@ def settings(trial: Trial, root: Path) -> tuple[str, ...]:
         "checkpoint.keep_best": 0,
         "mirror.url": "",
         "slurm.requeue": "false",
+        "recovery.infrastructure_failures": 20,
         "drill.kill_rank": -1,
     }
     return tuple(f"{key}={value}" for key, value in mine.items())

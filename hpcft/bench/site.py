@@ -94,7 +94,7 @@ class InAllocation:
     def started(self, config: Path, sets: Sequence[str], log: Path) -> Iterator[Trained]:
         # the flags of slurm/train.sbatch, where each is explained
         flags = ["--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--mpi=none", "--cpu-bind=none", "--unbuffered"]
-        step = ["srun", *flags, f"--nodes={len(self.nodes)}", "--ntasks-per-node=1", "--quit-on-interrupt"]
+        step = ["srun", *flags, *self._one_on_each(), "--quit-on-interrupt"]
         own = [*sets, f"nodes.workers_per_node={self.workers}"]
         with _child([*step, *_PYTHON, "hpcft", "agent", str(config), *_options(own)], log) as started:
             try:
@@ -115,8 +115,11 @@ class InAllocation:
             raise UnusableError(f"worker {pid} on {node} could not be killed: {done.stderr.strip()}")
 
     def raw_rate(self, directory: Path, files: int, size: int) -> float:
-        step = ("srun", f"--nodes={len(self.nodes)}", "--ntasks-per-node=1", "--mpi=none")
-        return _raw_rate(step, directory, files, size)
+        return _raw_rate(("srun", "--mpi=none", *self._one_on_each()), directory, files, size)
+
+    def _one_on_each(self) -> list[str]:
+        """Of srun's options: both, or the number of tasks that the job was asked for would count."""
+        return [f"--nodes={len(self.nodes)}", f"--ntasks={len(self.nodes)}", "--ntasks-per-node=1"]
 
 
 def _options(sets: Sequence[str]) -> list[str]:

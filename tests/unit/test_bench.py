@@ -13,15 +13,17 @@ import orjson
 import pytest
 from rich.console import Console
 
-from hpcft import wire
+from hpcft import cli_bench, status, wire
 from hpcft.bench import plan, predict, raw, report
 from hpcft.bench.campaign import Question, Results, check_room, write_job
 from hpcft.bench.measure import figures, settings
+from hpcft.bench.meter import meter
 from hpcft.bench.plan import Mode, Pace, Trial
 from hpcft.bench.predict import Costs, Figures
 from hpcft.cadence import expected_loss
+from hpcft.cli import main
 from hpcft.config import load
-from hpcft.errors import UnusableError
+from hpcft.errors import ExitCode, UnusableError
 from hpcft.events import (
     CheckpointCommitted,
     CheckpointRef,
@@ -33,7 +35,11 @@ from hpcft.events import (
     WorkerFailed,
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step
+from hpcft.membership import Timing
+from hpcft.policy import Rules
+from hpcft.rundir import RunDirectory
 from hpcft.units import EverySteps
+from hpcft.world import World
 
 # --- which trials ---
 
@@ -316,3 +322,58 @@ def test_a_full_file_system_is_found_before_anything_is_trained(tmp_path: Path) 
     check_room(tmp_path, 1)
     with pytest.raises(UnusableError, match="free space"):
         check_room(tmp_path, 1 << 60)
+
+
+# --- the command ---
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_how_far_it_is_is_shown(terminal: bool) -> None:
+    text = io.StringIO()
+    with meter(Console(file=text, width=100, force_terminal=terminal)) as shown:
+        shown.say("first, a run")
+        shown.begin(100.0)
+        shown.see("1/2 sync-1", 0.0)
+        shown.see("1/2 sync-1", 1.0)
+        shown.see("2/2 none-2", 40.0)
+    said = text.getvalue()
+    assert "first, a run" in said
+    assert "2/2 none-2" in said
+    assert terminal or said.splitlines()[1:] == ["1/2 sync-1, about 1m 40s to go", "2/2 none-2, about 1m 00s to go"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "what to train is not said"),
+        (["job.toml", "--params", "2M"], "exclude each other"),
+        (["--params", "many"], "not a number of parameters"),
+        (["--params", "2M", "--every", "0"], "whole numbers"),
+        (["--params", "2M", "--mtbf", "3"], "has no unit"),
+        (["--params", "2M", "--mtbf", "0s"], "leave no time to train"),
+        (["--params", "2M", "--mtbf", "3h", "--mtbf-of", "x"], "exclude each other"),
+        (["--params", "2M", "--mtbf-of", "nothing"], "there is no run 'nothing'"),
+        (["--params", "2M", "--set", "no.such=1"], "unknown section"),
+        (["--params", "900000B"], "free space"),
+        (["missing.toml"], "there is no such file"),
+    ],
+)
+def test_mistakes_start_nothing_and_leave_nothing(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["bench", "checkpoint-frequency", *arguments, "--root", str(tmp_path)])
+    assert code in (ExitCode.USAGE, ExitCode.NOT_FOUND, ExitCode.UNUSABLE)
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_time_between_failures_of_a_run_is_what_its_status_says(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "one")
+    run.prepare()
+    rules = Rules(timing=Timing(0.5, 2.0, 5.0), minimum_nodes=1)
+    run.status.write_bytes(orjson.dumps(status.snapshot(World(run=run.run_id()), rules, 0.0)))
+    seconds, source = cli_bench._mtbf(tmp_path, None, "one", expected=1.0)
+    assert seconds == pytest.approx(rules.saving.mtbf), "it has not trained, and believes what was expected"
+    assert source.startswith("from one: 0 in 0.0 h of training")
+    assert cli_bench._mtbf(tmp_path, 5.0, None, expected=1.0)[0] == 5.0
+    assert cli_bench._mtbf(tmp_path, None, None, expected=1.0)[0] == 1.0
