@@ -21,6 +21,7 @@ import orjson
 
 from hpcft import process
 from hpcft.errors import UnusableError
+from hpcft.units import counted
 
 _PYTHON = (sys.executable, "-P", "-m")
 _KILL_SECONDS = 15.0
@@ -59,7 +60,7 @@ class Local:
     workers: int
 
     def describe(self) -> str:
-        return f"{self.nodes} x {self.workers} workers on this machine"
+        return f"{self.nodes} x {counted(self.workers, 'worker')} on this machine"
 
     @contextmanager
     def started(self, config: Path, sets: Sequence[str], log: Path) -> Iterator[Trained]:
@@ -87,8 +88,8 @@ class InAllocation:
     """On each; 0: one for each GPU."""
 
     def describe(self) -> str:
-        each = f"{self.workers} workers" if self.workers else "one worker per GPU"
-        return f"{len(self.nodes)} nodes of this allocation, {each}"
+        each = f"{counted(self.workers, 'worker')} on each" if self.workers else "one worker per GPU"
+        return f"{counted(len(self.nodes), 'node')} of this allocation, {each}"
 
     @contextmanager
     def started(self, config: Path, sets: Sequence[str], log: Path) -> Iterator[Trained]:
