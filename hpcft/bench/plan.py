@@ -86,7 +86,8 @@ def calibration() -> Trial:
 
 
 def trials(modes: Sequence[Mode], every: Sequence[int], steps: int) -> tuple[Trial, ...]:
-    """After the calibration. One that saves nothing follows each mode: so a machine that becomes slower is seen.
+    """After the calibration. One that saves nothing comes before and after each mode: so a machine that becomes slower
+    is seen.
 
     Cadences that no trial of `steps` steps would come to are left out.
     """
@@ -94,7 +95,8 @@ def trials(modes: Sequence[Mode], every: Sequence[int], steps: int) -> tuple[Tri
 
 
 def _trials(modes: Sequence[Mode], every: Sequence[int]) -> Iterator[Trial]:
-    for number, mode in enumerate(modes, start=2):
+    yield Trial("none-2", Mode.NONE)
+    for number, mode in enumerate(modes, start=3):
         for each in every:
             yield Trial(f"{mode}-{each}", mode, each)
         yield Trial(f"none-{number}", Mode.NONE)

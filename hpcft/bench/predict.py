@@ -74,8 +74,10 @@ class Baseline:
 
 
 def baseline(trials: Sequence[Figures]) -> Baseline:
-    """Of the trials that saved nothing, of which there is at least one."""
+    """Of the trials that saved nothing, of which there is at least one. The first one, which is shorter than the others
+    and only sets the pace, counts as long as there are not two others."""
     steps = [each.step_seconds for each in trials if each.mode is Mode.NONE]
+    steps = steps[1:] if len(steps) > 2 else steps
     middle = median(steps)
     return Baseline(middle, (max(steps) - min(steps)) / middle, len(steps))
 
@@ -106,7 +108,9 @@ class Costs:
 
 
 def costs(mode: Mode, trials: Sequence[Figures], base: Baseline) -> Costs | None:
-    """None: no trial of this mode has saved anything.
+    """None: no trial of this mode has saved anything, or what it cost is lost in how far runs differ anyway.
+
+    A copy in memory blocks for as long as an asynchronous save, which begins with the same copy: so those say it.
 
     The slowdown is the slope of extra time over number of saves, by least squares through the origin: no saves cost
     nothing, and trials with many saves say most.
@@ -114,11 +118,14 @@ def costs(mode: Mode, trials: Sequence[Figures], base: Baseline) -> Costs | None
     mine = [each for each in trials if each.mode is mode and each.saves]
     if not mine:
         return None
-    blocked = [seconds for each in mine for seconds in each.blocked]
+    copying = Mode.ASYNC if mode is Mode.MEMORY else mode
+    blocked = [seconds for each in trials if each.mode is copying for seconds in each.blocked]
     lags = [seconds for each in mine for seconds in each.lags]
     recoveries = [each.recovery for each in mine if each.recovery is not None]
     extra = [(each.seconds - each.steps * base.step, each.saves) for each in mine]
     slope = sum(seconds * saves for seconds, saves in extra) / sum(saves**2 for _, saves in extra)
+    if slope <= 0 and not blocked:
+        return None
     return Costs(
         mode,
         median(blocked) if blocked else None,
