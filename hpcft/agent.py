@@ -33,6 +33,7 @@ from hpcft.events import (
     Confirm,
     Event,
     Formation,
+    Member,
     NodeHeard,
     Outcome,
     PeerAnswered,
@@ -61,8 +62,10 @@ from hpcft.membership import (
     StartWorkers,
     StopWorkers,
     Timing,
+    WriteCopies,
     may_claim,
 )
+from hpcft.neighbours import Dial
 from hpcft.page import NodePage, Order, now_ns
 from hpcft.process import FORWARDED
 from hpcft.ranks import Ranks
@@ -148,7 +151,7 @@ class Agent:
         station: Station,
         page: NodePage,
         workers: Callable[[Callable[[PoolEvent], None]], Workers],
-        snapshots: Callable[[Answer, Run], Snapshots],
+        snapshots: Callable[[Answer, Run, Dial], Snapshots],
         ranks: Callable[[Incarnation, Snapshots, Callable[[Event], None], Callable[[Mapping[str, Any]], None]], Ranks],
         lead: Callable[[TermRecord, float], Awaitable[Leader]],
     ) -> None:
@@ -156,7 +159,7 @@ class Agent:
         self._page = page
         self._incarnation = Incarnation(secrets.token_hex(6))
         self._workers = workers(self._see_pool)
-        self._snapshots = snapshots(self._workers.tell, self._run_errand)
+        self._snapshots = snapshots(self._workers.tell, self._run_errand, self._dial_neighbour)
         self._ranks = ranks(self._incarnation, self._snapshots, self._say, self._tell)
         self._lead = lead
         self._loop = asyncio.get_running_loop()
@@ -418,6 +421,8 @@ class Agent:
         """A connection to this agent: to its leader, if it has one, or a peer's question."""
         if arrived.hello.get("purpose") == "probe":
             self._answer(arrived)
+        elif arrived.hello.get("purpose") == "copies":
+            self._run_errand(self._snapshots.entertain(arrived), "guest")
         elif self._leader is not None:
             self._leader.admit(arrived)
         elif self._waiting is not None:
@@ -557,6 +562,8 @@ class Agent:
                     self._snapshots.keep(generation, step)
                 case ForgetCopies(generation, step):
                     self._snapshots.forget(generation, step)
+                case WriteCopies(order):
+                    self._snapshots.persist(order)
                 case LookAt(probe):
                     self._run_errand(self._inquire(probe), f"inquiry-{probe.suspect}")
                 case Fence(reason):
@@ -705,6 +712,11 @@ class Agent:
         log.warning("the leader does not hear this agent: %s asks for it", inquirer.hello.get("node"))
         self._inquirers = [each for each in self._inquirers if not each.ended] + [inquirer]
         inquirer.send({"answer": Reach.ANSWERS})
+
+    async def _dial_neighbour(self, neighbour: Member) -> stream.Stream:
+        """For a copy that it is to keep."""
+        hello = {"purpose": "copies", "node": self._station.node, "incarnation": self._incarnation}
+        return await stream.dial((neighbour.address, neighbour.port), self._secret, hello, self._station.timing.timeout)
 
     # --- signals ---
 

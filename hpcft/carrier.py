@@ -3,15 +3,20 @@
 A call into a file system that hangs never returns, and its process cannot be killed. So neither a worker nor the agent
 makes such calls for large files: the agent gives the job to a carrier, and leaves behind one that does not come back.
 Each rank has one for the disk, and one that makes and seals its copies, which never waits for a file system. (Making
-them takes a second per GiB, and their memory is charged to the cgroup that the carriers share with the agent.)
+them takes a second per GiB, and their memory is charged to the cgroup that the carriers share with the agent.) Others
+send copies to a neighbour, and receive them (see `transfer`).
 
     agent -> carrier   {"do": "reserve", "size", "count"}
                        {"do": "seal", "size"} + [arena]
                        {"do": "write", "root", "name", "nonce", "direct", "bandwidth", "position", "versions",
                             "metrics", "ledger"}
                            + [arena, plan, digests, values?]
+                       {"do": "digest"} + memory files
+                       {"do": "send", "host", "port", "token", "sizes"} + [arena, plan, values?]
+                       {"do": "listen", "host"}, and then
+                       {"do": "receive", "token", "size", "more": [[size, digests], …]} + [arena, digests]
     carrier -> agent   {"written": bytes}, now and then
-                       {"done": …} + the arenas, or the digests; or {"failed": reason}; once
+                       {"done": …} + the arenas, the digests, or what was received; or {"failed": reason}; once
 
 SOCK_SEQPACKET, one JSON object per packet, one job at a time. The end of the channel is the end of the carrier. No
 torch, and no more than is needed: there may be as many carriers as GPUs.
@@ -31,11 +36,13 @@ from typing import Any
 
 import orjson
 
-from hpcft import durable
+from hpcft import durable, transfer
 from hpcft.checkpoint.arena import Arena, content_of, memory_file
 from hpcft.checkpoint.manifest import parse_metrics
 from hpcft.checkpoint.write import Plan, SaveError, Words, write_share
+from hpcft.errors import HpcftError
 from hpcft.process import die_with_parent
+from hpcft.tcp import listen
 
 _PACKET = 1 << 17
 _PROGRESS_SECONDS = 0.2
@@ -50,6 +57,7 @@ class Carrier:
         self._channel = channel
         self._arenas: dict[tuple[int, int], Arena] = {}
         """Mapped once: filling the page tables for a GiB takes as long as copying it."""
+        self._listening: socket.socket | None = None
 
     def serve(self) -> None:
         """Until the other end of the channel is closed."""
@@ -66,9 +74,20 @@ class Carrier:
                         self._seal(fds[0], job["size"])
                     case "write":
                         self._write(job, fds)
+                    case "digest":
+                        digests = [list(durable.chunk_digests(memoryview(content_of(fd)))) for fd in fds]
+                        self._say({"done": {"digests": digests}})
+                    case "send":
+                        address, parts = (job["host"], job["port"]), list(zip(fds, job["sizes"], strict=True))
+                        transfer.send(address, bytes.fromhex(job["token"]), parts)
+                        self._say({"done": {}})
+                    case "listen":
+                        self._listen(job["host"])
+                    case "receive":
+                        self._receive(job, fds)
                     case other:
                         self._say({"failed": f"a carrier knows no {other!r}"})
-            except SaveError as error:
+            except HpcftError as error:
                 self._say({"failed": error.message})
             except OSError as error:
                 self._say({"failed": error.strerror or str(error)})
@@ -95,6 +114,36 @@ class Carrier:
             self._say({"done": {"digest": durable.digest_of_chunks(listed)}}, [digests])
         finally:
             os.close(digests)
+
+    def _listen(self, host: str) -> None:
+        self._stop_listening()
+        self._listening = listen(host, 0)
+        self._say({"done": {"port": self._listening.getsockname()[1]}})
+
+    def _stop_listening(self) -> None:
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
+
+    def _receive(self, job: Mapping[str, Any], fds: Sequence[int]) -> None:
+        """The copy goes into the arena, what belongs to it into memory files."""
+        if self._listening is None:
+            raise ValueError("the process that listened has died")
+        image = self._arena(fds[0]).view[: job["size"]]
+        more = [(bytearray(size), digests) for size, digests in job["more"]]
+        try:
+            with transfer.accept(self._listening, bytes.fromhex(job["token"])) as connection:
+                self._stop_listening()
+                parts = [(memoryview(part), digests) for part, digests in more]
+                transfer.receive(connection, [(image, orjson.loads(content_of(fds[1]))), *parts])
+        finally:
+            self._stop_listening()
+        files = [memory_file("hpcft-guest", bytes(part)) for part, _ in more]
+        try:
+            self._say({"done": {}}, files)
+        finally:
+            for fd in files:
+                os.close(fd)
 
     def _write(self, job: Mapping[str, Any], fds: Sequence[int]) -> None:
         arena = self._arena(fds[0])

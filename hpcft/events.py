@@ -34,6 +34,8 @@ class Member:
     address: str
     workers: int
     first_rank: Rank
+    port: int = 0
+    """Where its agent answers other agents; 0: not known."""
 
     def ranks(self) -> range:
         return range(self.first_rank, self.first_rank + self.workers)
@@ -60,6 +62,11 @@ class Formation:
     memory: tuple[Member, ...] = ()
     """The members of the generation that made `restore`, whose agents hold it in memory: from there its workers take
     their state. Empty: from the file system."""
+    handed_by: tuple[NodeId, ...] = ()
+    """For each of `memory` the member whose agent hands out its copies: itself, or, where that node is lost, one that
+    has them as well. Empty: each hands out its own."""
+    neighbours: bool = False
+    """Each member's copies go to its neighbour, too."""
 
     @property
     def world_size(self) -> int:
@@ -67,6 +74,23 @@ class Formation:
 
     def member(self, node: NodeId) -> Member | None:
         return next((member for member in self.members if member.node == node), None)
+
+    def neighbour(self, node: NodeId) -> Member | None:
+        """Who keeps this member's copies as well: the next one. None: nobody does."""
+        nodes = [member.node for member in self.members]
+        if not self.neighbours or len(nodes) < 2 or node not in nodes:
+            return None
+        return self.members[(nodes.index(node) + 1) % len(nodes)]
+
+    def guest(self, node: NodeId) -> Member | None:
+        """Whose copies this member keeps."""
+        return next((each for each in self.members if (kept := self.neighbour(each.node)) and kept.node == node), None)
+
+    def handed_out(self) -> tuple[tuple[Member, Member], ...]:
+        """Each of `memory`, with the member of this world that hands out its copies."""
+        by = self.handed_by or tuple(member.node for member in self.memory)
+        pairs = zip(self.memory, map(self.member, by), strict=True)
+        return tuple((member, now) for member, now in pairs if now is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +401,26 @@ class SnapshotTaken:
 
 
 @dataclass(frozen=True, slots=True)
+class CopiesKept:
+    """The node has all copies of this step that its neighbour `of` has made, byte by byte what was sealed."""
+
+    node: NodeId
+    generation: Generation
+    step: Step
+    of: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class CopiesAlone:
+    """The node's copies of this step are in its own memory only: its neighbour could not take them."""
+
+    node: NodeId
+    generation: Generation
+    step: Step
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotDoubtful:
     """The copies of this step are not what they should be; the sentence says what is wrong with them."""
 
@@ -544,6 +588,16 @@ class SaveAndStop:
 
 
 @dataclass(frozen=True, slots=True)
+class PersistCopies:
+    """Write a state that is in memory, without any worker: it becomes a checkpoint. `handed_by` as in `Formation`."""
+
+    snapshot: CheckpointRef
+    members: tuple[Member, ...]
+    handed_by: tuple[NodeId, ...]
+    action: Literal["persist-copies"] = "persist-copies"
+
+
+@dataclass(frozen=True, slots=True)
 class HaltWorkers:
     """End the workers of a generation that will not be followed by another: TERM, grace, KILL."""
 
@@ -576,7 +630,9 @@ class Conclude:
     action: Literal["conclude"] = "conclude"
 
 
-Action: TypeAlias = Propose | Commit | AskPeer | Evict | SaveAndStop | HaltWorkers | Quarantine | Requeue | Conclude
+Action: TypeAlias = (
+    Propose | Commit | AskPeer | Evict | SaveAndStop | PersistCopies | HaltWorkers | Quarantine | Requeue | Conclude
+)
 
 Event: TypeAlias = (
     TermBegan
@@ -597,6 +653,8 @@ Event: TypeAlias = (
     | WorkerReturned
     | WorkerStopped
     | SnapshotTaken
+    | CopiesKept
+    | CopiesAlone
     | SnapshotDoubtful
     | SnapshotDropped
     | CheckpointCommitted
@@ -676,6 +734,16 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
+class Persist:
+    """Write the copies of this state that you hand out (`handed_by`, one for each of `members`)."""
+
+    term: Term
+    snapshot: CheckpointRef
+    members: tuple[Member, ...]
+    handed_by: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Halt:
     term: Term
     generation: Generation
@@ -689,4 +757,4 @@ class End:
     verdict: Verdict
 
 
-Order: TypeAlias = Prepare | Start | Confirm | Probe | OrderSave | Keep | Forget | Halt | End
+Order: TypeAlias = Prepare | Start | Confirm | Probe | OrderSave | Keep | Forget | Persist | Halt | End

@@ -1,18 +1,31 @@
 """Which steps' state is complete in the memory of agents, and where. Pure.
 
 A step is *taken* by a node when all its ranks have copied, or written, their shares: they will not come back to it. It
-is *held* when every member of the generation has sealed copies in memory. The newest one that is held is never given
-up before a newer one is (orders `Keep` and `Forget`), so there is always one to start from, as long as all who hold it
-live.
+is *held* when every member of the generation has sealed copies in memory. Where a formation has neighbours, each
+member's copies go to another one as well; when that is settled for all of them, done or given up, the step is *safe*.
+The newest one that is safe is never given up before a newer one is (orders `Keep` and `Forget`), so there is always one
+to start from, as long as of each share somebody lives who has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
-from hpcft.events import CheckpointRef, Formation, Member, SnapshotDoubtful, SnapshotDropped, SnapshotTaken
+from hpcft.events import (
+    CheckpointRef,
+    CopiesAlone,
+    CopiesKept,
+    Formation,
+    Member,
+    SnapshotDoubtful,
+    SnapshotDropped,
+    SnapshotTaken,
+)
 from hpcft.ids import Incarnation, NodeId, Rank, Step
+
+Holder: TypeAlias = tuple[NodeId, Incarnation]
 
 KNOWN = 4
 """Of so many steps it is remembered who has taken them."""
@@ -20,17 +33,44 @@ KNOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A state that could be started from: the ranks' shares of it, in the memory of these nodes."""
+    """A state that could be started from: the ranks' shares of it, in the memory of nodes."""
 
     snapshot: CheckpointRef
     members: tuple[Member, ...]
+    """Who has made the copies."""
+    holders: Mapping[NodeId, tuple[Holder, ...]]
+    """Of each of them: who has its copies now, itself first."""
+    safe: bool
+
+    def lost(self, holder: Holder) -> Held | None:
+        """Without what this agent has. None: of some share nobody has a copy any more."""
+        return self._with({node: tuple(e for e in known if e != holder) for node, known in self.holders.items()})
+
+    def dropped(self, node: NodeId) -> Held | None:
+        """Without the copies that this node has of its own share."""
+        return self._with({**self.holders, node: tuple(e for e in self.holders.get(node, ()) if e[0] != node)})
+
+    def _with(self, holders: Mapping[NodeId, tuple[Holder, ...]]) -> Held | None:
+        return replace(self, holders=holders) if all(holders.values()) else None
+
+    def handed_by(self, members: tuple[Member, ...]) -> tuple[NodeId, ...] | None:
+        """Which of these members is to hand out whose copies, in the order of `self.members`; None: not all are there.
+
+        A node that lives hands out its own."""
+        there = {(member.node, member.incarnation) for member in members}
+        found = [next((each for each in self.holders[made.node] if each in there), None) for made in self.members]
+        nodes = tuple(holder[0] for holder in found if holder is not None)
+        return nodes if len(nodes) == len(found) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
     taken: Mapping[Step, Mapping[NodeId, bool]] = field(default_factory=dict)
     """Of the running generation's latest steps: who has taken them, and whether copies are in its memory."""
-    held: Held | None = None
+    settled: Mapping[Step, Mapping[NodeId, Holder | None]] = field(default_factory=dict)
+    """Of the same steps: whose copies a neighbour has, and which one; None: it could not take them."""
+    whole: tuple[Held, ...] = ()
+    """What could be started from, oldest first: the newest that is safe, and newer ones."""
     words: tuple[SnapshotTaken, ...] = ()
     """What was said of the newest step."""
     digests: Mapping[Rank, str] = field(default_factory=dict)
@@ -40,7 +80,18 @@ class Holdings:
 
     def begin(self, formation: Formation) -> Holdings:
         """A generation begins. If it starts from what is held, that is kept until something newer is; else it goes."""
-        return Holdings(held=self.held if formation.memory else None)
+        origin = formation.restore if formation.memory else None
+        return Holdings(whole=tuple(replace(each, safe=True) for each in self.whole if each.snapshot == origin))
+
+    @property
+    def held(self) -> Held | None:
+        """The newest."""
+        return self.whole[-1] if self.whole else None
+
+    @property
+    def safe(self) -> Held | None:
+        """The newest that is not given up before a newer one is safe."""
+        return self.whole[0] if self.whole and self.whole[0].safe else None
 
     def took(self, event: SnapshotTaken, formation: Formation) -> Holdings:
         nodes = {**self.taken.get(event.step, {}), event.node: event.in_memory}
@@ -51,7 +102,38 @@ class Holdings:
         snapshot = CheckpointRef(event.step, formation.generation)
         if self.held is not None and _order(self.held.snapshot) >= _order(snapshot):
             return known
-        return replace(known, held=Held(snapshot, formation.members))
+        holders = {member.node: ((member.node, member.incarnation),) for member in formation.members}
+        held = Held(snapshot, formation.members, holders, safe=False)
+        return replace(known, whole=(*known.whole, held))._settle(formation)
+
+    def kept(self, event: CopiesKept | CopiesAlone, formation: Formation) -> Holdings:
+        """A member's copies are with its neighbour as well, or they will not be."""
+        keeper = formation.member(event.node) if isinstance(event, CopiesKept) else None
+        made_by = event.of if isinstance(event, CopiesKept) else event.node
+        holder = None if keeper is None else (keeper.node, keeper.incarnation)
+        nodes = self.settled.get(event.step, {})
+        if nodes.get(made_by):
+            return self  # said once more
+        settled = {**self.settled, event.step: {**nodes, made_by: holder}}
+        known = replace(self, settled={step: settled[step] for step in sorted(settled)[-KNOWN:]})
+        return known._settle(formation)
+
+    def _settle(self, formation: Formation) -> Holdings:
+        """Where everybody's copies have a second holder, or will have none, older ones are of no use any more."""
+        whole = []
+        for held in self.whole:
+            if held.snapshot.generation != formation.generation:
+                whole.append(held)
+                continue
+            settled = self.settled.get(held.snapshot.step, {})
+            holders = {
+                node: (*known, second) if (second := settled.get(node)) and second not in known else known
+                for node, known in held.holders.items()
+            }
+            safe = all(formation.neighbour(member.node) is None or member.node in settled for member in held.members)
+            whole.append(replace(held, holders=holders, safe=held.safe or safe))
+        newest = max((number for number, held in enumerate(whole) if held.safe), default=0)
+        return replace(self, whole=tuple(whole[newest:]))
 
     def _listen(self, event: SnapshotTaken, formation: Formation) -> Holdings:
         """Compare what was said of this step, once all members have spoken."""
@@ -71,17 +153,14 @@ class Holdings:
         taken = self.taken
         if nodes is not None and event.node in nodes:
             taken = {**self.taken, event.step: {**nodes, event.node: False}}
-        held = self.held
-        if held is not None and held.snapshot == CheckpointRef(event.step, event.generation):
-            held = None
-        return replace(self, taken=taken, held=held)
+        gone = CheckpointRef(event.step, event.generation)
+        left = [held.dropped(event.node) if held.snapshot == gone else held for held in self.whole]
+        return replace(self, taken=taken, whole=tuple(each for each in left if each is not None))
 
     def lost(self, node: NodeId, incarnation: Incarnation) -> Holdings:
         """An agent is gone, and its memory with it."""
-        if self.held is None:
-            return self
-        gone = any((member.node, member.incarnation) == (node, incarnation) for member in self.held.members)
-        return replace(self, held=None) if gone else self
+        left = [held.lost((node, incarnation)) for held in self.whole]
+        return replace(self, whole=tuple(each for each in left if each is not None))
 
     def all_took(self, step: Step, formation: Formation) -> bool:
         nodes = self.taken.get(step, {})
@@ -89,11 +168,12 @@ class Holdings:
 
     def usable(self, members: tuple[Member, ...], durable: CheckpointRef | None) -> Held | None:
         """What a generation of these members can start from, if it is not older than what is durable."""
-        held = self.held
-        if held is None or (durable is not None and _order(held.snapshot) < _order(durable)):
-            return None
-        there = {(member.node, member.incarnation) for member in members}
-        return held if all((each.node, each.incarnation) in there for each in held.members) else None
+        for held in reversed(self.whole):
+            if durable is not None and _order(held.snapshot) < _order(durable):
+                return None
+            if held.handed_by(members) is not None:
+                return held
+        return None
 
 
 def _difference(words: tuple[SnapshotTaken, ...], digests: Mapping[Rank, str]) -> str:

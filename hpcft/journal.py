@@ -38,6 +38,8 @@ from hpcft import durable, wire
 from hpcft.errors import DamagedError
 from hpcft.events import (
     CheckpointsFound,
+    CopiesAlone,
+    CopiesKept,
     Event,
     NodeHeard,
     NodeReported,
@@ -83,7 +85,9 @@ class Replayed:
 
 def is_journaled(event: Event) -> bool:
     """Heartbeats, copies in memory and the passing of time are not history."""
-    return not isinstance(event, NodeHeard | NodeReported | SnapshotTaken | SnapshotDropped | Ticked)
+    return not isinstance(
+        event, NodeHeard | NodeReported | SnapshotTaken | CopiesKept | CopiesAlone | SnapshotDropped | Ticked
+    )
 
 
 def replay(directory: Path, see: Callable[[float, Event], None] = lambda at, event: None) -> Replayed:

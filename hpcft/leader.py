@@ -37,6 +37,8 @@ from hpcft.events import (
     Commit,
     Conclude,
     Confirm,
+    CopiesAlone,
+    CopiesKept,
     End,
     Event,
     Evict,
@@ -50,6 +52,8 @@ from hpcft.events import (
     NodeReported,
     Order,
     OrderSave,
+    Persist,
+    PersistCopies,
     Prepare,
     Probe,
     Progressed,
@@ -92,7 +96,7 @@ SILENT_SLACK_SECONDS = 60.0
 """What the run clock makes up for beyond a leader's usual silence in its journal: for slow steps, and a late disk."""
 
 
-PLENTIFUL = NodeHeard | NodeReported | Progressed | SnapshotTaken | SnapshotDropped
+PLENTIFUL = NodeHeard | NodeReported | Progressed | SnapshotTaken | CopiesKept | CopiesAlone | SnapshotDropped
 """A thousand nodes say these some thousand times a second."""
 
 
@@ -266,12 +270,13 @@ class Leader:
 
     def _speak_of_copies(self, before: World, event: Event) -> None:
         """Which copies in memory the agents are to keep, and which are of no use."""
-        formation, held = self.world.formation, self.world.holdings.held
+        formation, safe, known = self.world.formation, self.world.holdings.safe, before.holdings.safe
         if formation is None:
             return
         term, generation = self._office.record.term, formation.generation
-        if held is not None and held is not before.holdings.held:
-            self._broadcast(Keep(term, generation, held.snapshot.step))
+        news = safe is not None and (known is None or known.snapshot != safe.snapshot)
+        if news and safe is not None and safe.snapshot.generation == generation:
+            self._broadcast(Keep(term, generation, safe.snapshot.step))
         doubt, earlier = self.world.holdings.doubt, before.holdings.doubt
         if doubt is not None and (earlier is None or earlier.reason != doubt.reason):
             log.warning("the copies of step %d are doubtful: %s", doubt.step, doubt.reason)
@@ -318,6 +323,8 @@ class Leader:
             case SaveAndStop():
                 last = self._saving.ordered(self.world, self._pace, self.now(), stop=True)
                 self._stand_by(last, last.order)
+            case PersistCopies(snapshot, members, handed_by):
+                self._broadcast(Persist(self._office.record.term, snapshot, members, handed_by))
             case HaltWorkers(generation):
                 self._broadcast(Halt(self._office.record.term, generation))
             case Quarantine(checkpoint, detail):

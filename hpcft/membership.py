@@ -35,6 +35,7 @@ from hpcft.events import (
     Member,
     Order,
     OrderSave,
+    Persist,
     Prepare,
     Probe,
     Start,
@@ -122,6 +123,11 @@ class ForgetCopies:
 
 
 @dataclass(frozen=True, slots=True)
+class WriteCopies:
+    order: Persist
+
+
+@dataclass(frozen=True, slots=True)
 class LookAt:
     """See whether the suspect answers, and tell the leader."""
 
@@ -152,6 +158,7 @@ Effect: TypeAlias = (
     | SaveAt
     | KeepCopies
     | ForgetCopies
+    | WriteCopies
     | LookAt
     | Fence
     | Retire
@@ -216,6 +223,9 @@ class Membership:
                 return self, (KeepCopies(generation, step),) if self._runs(term, generation) else ()
             case Forget(term, generation, step):
                 return self, (ForgetCopies(generation, step),) if self._runs(term, generation) else ()
+            case Persist(term):
+                # whatever has become of the workers: nothing changes a copy
+                return self, (WriteCopies(order),) if term >= self.term else ()
             case Halt(term, generation):
                 return self, (StopWorkers(),) if self._runs(term, generation) else ()
             case End(term, verdict):

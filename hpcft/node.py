@@ -49,6 +49,7 @@ from hpcft.logs import RotatingFile
 from hpcft.membership import Timing
 from hpcft.mirror.operate import settings_of
 from hpcft.mirror.supervisor import Mirror, restored
+from hpcft.neighbours import Dial
 from hpcft.notices import JobControl
 from hpcft.policy import Rules
 from hpcft.ranks import Assignment, Ranks
@@ -152,6 +153,7 @@ def rules_of(config: Config) -> Rules:
         saves=config.job.command is None,
         saving=SaveRules(saves.every, saves.mtbf, saves.every_min, saves.every_max),
         snapshot_every=saves.snapshot_every,
+        neighbours=saves.neighbour and not isinstance(saves.snapshot_every, Never),
         requeue=config.slurm.requeue,
     )
 
@@ -197,11 +199,11 @@ async def live(orders: Orders, allocation: Allocation, address: str, inherited: 
     def workers(see: Callable[[PoolEvent], None]) -> Workers:
         return Workers(inherited.keeper, limits, see)
 
-    def snapshots(answer: Answer, run: Run) -> Snapshots:
+    def snapshots(answer: Answer, run: Run, dial: Dial) -> Snapshots:
         kept = config.checkpoint
         slots = kept.slots + (not isinstance(kept.snapshot_every, Never))  # one is written while others come and go
-        settings = SaveSettings(directory.checkpoints, kept.memory, slots, kept.max_bandwidth)
-        return Snapshots(settings, node, answer, run)
+        settings = SaveSettings(directory.checkpoints, address, kept.memory, slots, kept.max_bandwidth)
+        return Snapshots(settings, node, answer, run, dial)
 
     def ranks(
         incarnation: Incarnation,

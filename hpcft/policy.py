@@ -35,6 +35,7 @@ from hpcft.events import (
     HaltWorkers,
     Member,
     Outcome,
+    PersistCopies,
     Propose,
     Quarantine,
     Reach,
@@ -43,7 +44,7 @@ from hpcft.events import (
     Termination,
     Verdict,
 )
-from hpcft.ids import Generation, Rank
+from hpcft.ids import Generation, NodeId, Rank
 from hpcft.membership import Timing, takes_effect
 from hpcft.units import Cadence, Never, counted, human_duration
 from hpcft.world import Budget, Node, Phase, World
@@ -56,6 +57,8 @@ CAUSE_SECONDS = 0.5
 
 LAST_COMMIT_SECONDS = 600.0
 """How long the last checkpoint's commit is waited for when every rank has returned."""
+PERSIST_SECONDS = 600.0
+"""How long a run that has to leave waits until what it has in memory is durable."""
 NO_STEP_SECONDS = 10.0
 """The same where no step was made: then there is seldom one to come."""
 
@@ -85,6 +88,8 @@ class Rules:
     """The program writes checkpoints with hpcft (a plain command does not)."""
     snapshot_every: Cadence = Never()
     """How often the state is copied into memory, without being written."""
+    neighbours: bool = False
+    """Each node's copies go to another one as well."""
     requeue: bool = True
     stop_within: float = 60.0
     """How long an operator's stop waits for the last checkpoint."""
@@ -409,7 +414,7 @@ def assign(candidates: tuple[Node, ...], multiple_of: int) -> tuple[Member, ...]
     members = []
     first = 0
     for node in chosen:
-        members.append(Member(node.id, node.incarnation, node.address, node.workers, Rank(first)))
+        members.append(Member(node.id, node.incarnation, node.address, node.workers, Rank(first), node.port))
         first += node.workers
     return tuple(members)
 
@@ -430,18 +435,34 @@ def _propose(world: World, rules: Rules, now: float, what: str) -> Decided:
     ).hexdigest()
     restore = world.restore
     memory: tuple[Member, ...] = ()
+    handed_by: tuple[NodeId, ...] = ()
     start = f"from the checkpoint of step {restore.step}" if restore else "from the beginning"
     # what has led to a failure twice is not tried a third time: the older state, which has been on a disk, may be sound
     held = world.holdings.usable(members, restore) if not world.fruitless_so_far else None
     if held is not None:
-        restore, memory = held.snapshot, held.members
-        start = f"from the copy of step {restore.step} in memory"
-    formation = Formation(world.term, generation, members, restore, nonce, memory)
+        restore, memory, handed_by = held.snapshot, held.members, held.handed_by(members) or ()
+        start = f"from the copy of step {restore.step} in memory{_instead_of_the_lost(memory, handed_by)}"
+    formation = Formation(
+        world.term,
+        generation,
+        members,
+        restore,
+        nonce,
+        memory,
+        handed_by,
+        neighbours=rules.neighbours and len(members) > 1,
+    )
     return Decided(
         (Propose(formation),),
         f"{what}: generation {generation} with {counted(len(members), 'node')} "
         f"and {counted(formation.world_size, 'rank')}, {start}",
     )
+
+
+def _instead_of_the_lost(made_by: tuple[Member, ...], handed_by: tuple[NodeId, ...]) -> str:
+    """Whose copies come from a neighbour."""
+    words = [f"{made.node}'s from {by}" for made, by in zip(made_by, handed_by, strict=True) if made.node != by]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _all_returned(world: World) -> bool:
@@ -513,6 +534,8 @@ def _termination(world: World, rules: Rules, now: float) -> Decided | None:
             f"saved at step {world.step}" if all_stopped and saved else f"no last checkpoint was made{why}, {newest}"
         )
         reason = f"{reason}; {state}"
+    if (writing := _persist(world, rules, now, reason)) is not None:
+        return writing
     halt: tuple[Action, ...] = (HaltWorkers(formation.generation),) if formation is not None else ()
     if world.stop_asked or (world.termination is not None and world.termination.why is Termination.CANCELLED):
         verdict = Verdict(Outcome.CANCELLED, ExitCode.CANCELLED, reason)
@@ -526,13 +549,40 @@ def _termination(world: World, rules: Rules, now: float) -> Decided | None:
 
 
 def _leave(world: World, rules: Rules, now: float, reason: str) -> Decided:
-    """Give the job back to the queue, if that is allowed and worth it."""
+    """Give the job back to the queue, if that is allowed and worth it; what is only in memory is made durable first."""
+    if (writing := _persist(world, rules, now, reason)) is not None:
+        return writing
     spent = _exhausted(world, rules, now)
     if spent:
         return _stop(ExitCode.GAVE_UP, f"{reason}; {spent}")
     if not rules.requeue:
         return _stop(ExitCode.GAVE_UP, f"{reason}; slurm.requeue is off")
     return Decided((Requeue(reason),), f"{reason}: the job is requeued")
+
+
+def _persist(world: World, rules: Rules, now: float, reason: str) -> Decided | None:
+    """Have a state written that is only in memory, and wait for it; None: there is none, or it has taken too long."""
+    asked = world.termination
+    if world.stop_asked and now >= world.stop_asked_at + rules.stop_within:
+        return None
+    if asked is not None and now >= world.termination_at + asked.seconds_left:
+        return None
+    known = world.persisting
+    if known is not None:
+        over = known.failed or known.snapshot in world.checkpoints or now >= known.since + PERSIST_SECONDS
+        return None if over else NOTHING
+    there = assign(tuple(node for node in world.nodes if node not in suspects(world, rules, now)), 1)
+    held = world.holdings.usable(there, world.restore)
+    by = held.handed_by(there) if held is not None else None
+    if held is None or by is None or held.snapshot in world.checkpoints:
+        return None
+    if world.save_failed is not None and world.save_failed[0] == held.snapshot.step:
+        return None  # its writing has been tried
+    return Decided(
+        (PersistCopies(held.snapshot, held.members, by),),
+        f"{reason}: first the copy of step {held.snapshot.step}, which is in memory only"
+        f"{_instead_of_the_lost(held.members, by)}, is made a checkpoint",
+    )
 
 
 def _after_requeue(world: World) -> Decided:

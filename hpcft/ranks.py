@@ -376,8 +376,8 @@ def _restore(run_directory: Path, formation: Formation) -> dict[str, Any] | None
     found: dict[str, Any] = {"step": checkpoint.step, "directory": str(run_directory / "checkpoints" / name)}
     if formation.memory:
         # who has the shares of which former ranks, by the first rank that lives beside them now
-        held = [(member, formation.member(member.node)) for member in formation.memory]
-        found["memory"] = [[each.first_rank, each.workers, now.first_rank] for each, now in held if now is not None]
+        found["memory"] = [[each.first_rank, each.workers, now.first_rank] for each, now in formation.handed_out()]
+        found["local"] = len(formation.members) == 1
     return found
 
 

@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeAlias
 
 from hpcft import stream, wire
 from hpcft.events import (
+    CopiesAlone,
+    CopiesKept,
     Event,
     KeeperVanished,
     NodeHeard,
@@ -49,6 +51,8 @@ FROM_AGENTS = (
     | WorkerReturned
     | WorkerStopped
     | SnapshotTaken
+    | CopiesKept
+    | CopiesAlone
     | SnapshotDropped
 )
 

@@ -11,6 +11,10 @@ A slot is free again when its copy is neither being written, nor the newest that
 so: `keep`), nor newer than that. So the state of one step is always complete in memory, and the next generation's
 workers get it from there (`begin`), whatever became of their predecessors. With one slot there is no such copy.
 
+Where the formation says so, each sealed copy goes to the next node as well (`neighbours`), and this node keeps the
+copies of the one before it, its *guests*: in arenas of their own, under the same rules, and handed out or written only
+where their own node cannot do it.
+
 A copy belongs to the generation that made it. When the next one begins, what is still being written of the last
 one is given up, unless it is the state that this one starts from: then that goes on to become a checkpoint, or begins
 to.
@@ -32,9 +36,21 @@ from typing import Any
 
 from hpcft.carriers import Carrier, JobFailed
 from hpcft.checkpoint.layout import checkpoint_name
-from hpcft.events import CheckpointRef, Event, Formation, SaveReport, SnapshotTaken
+from hpcft.events import (
+    CheckpointRef,
+    CopiesAlone,
+    CopiesKept,
+    Event,
+    Formation,
+    Member,
+    Persist,
+    SaveReport,
+    SnapshotTaken,
+)
 from hpcft.ids import Generation, NodeId, Rank, Step
 from hpcft.memory import headroom
+from hpcft.neighbours import SETTLING_SECONDS, Dial, NotKeptError, Offer, hand_over, offer_of, take_over
+from hpcft.stream import Stream, StreamClosed
 from hpcft.units import human_size
 
 log = logging.getLogger("hpcft.snapshots")
@@ -44,6 +60,12 @@ MARGIN = 0.05
 MARGIN_BYTES = 128 << 20
 TRIED_ANEW = 32
 """After so many saves the slower way of writing gets another chance."""
+GUEST_SLOTS = 2
+"""Of each guest: the newest that is safe, and the one that comes."""
+AVOIDED_SECONDS = 60.0
+"""A neighbour that could not take a copy is asked again after so long: each try may hold a copy for a while."""
+REMEMBERED = 6
+"""Latest events that are said again to a new leader: of two steps."""
 TELLING_BYTES = 32 << 20
 """Of smaller files the time says nothing about the way they were written."""
 
@@ -52,6 +74,8 @@ TELLING_BYTES = 32 << 20
 class SaveSettings:
     root: Path
     """The directory of the checkpoints."""
+    address: str
+    """This node's own: where a neighbour's copies are received."""
     memory: int | None
     """Bytes that the arenas of this node may take; None: as much as there is."""
     slots: int
@@ -102,6 +126,8 @@ class _Copy:
     digests: int | None = None
     """Memory file with the digests of its chunks; None: not sealed yet."""
     work: asyncio.Task[None] | None = None
+    passing: asyncio.Task[None] | None = None
+    """Brings it to the neighbour."""
     made_at: float = field(default_factory=time.monotonic)
     since: float = 0.0
     """When it began to be written."""
@@ -134,11 +160,15 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Share:
-    """One local rank: carriers and arenas stay, the worker changes."""
+    """One local rank: carriers and arenas stay, the worker changes. Or a guest's, without a worker."""
 
     memory: Carrier = field(default_factory=Carrier)
     """For what never waits for a file system."""
     disk: Carrier = field(default_factory=Carrier)
+    passing: Carrier = field(default_factory=Carrier)
+    """For what goes to the neighbour."""
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One after another: what goes to the neighbour, or comes."""
     worker: str = ""
     rank: Rank = Rank(0)
     size: int = 0
@@ -175,8 +205,9 @@ class _Share:
         """Give up the copy, whatever is being done with it."""
         copy, slot.copy = slot.copy, None
         if copy is not None:
-            if copy.work is not None:
-                copy.work.cancel()
+            for task in (copy.work, copy.passing):
+                if task is not None:
+                    task.cancel()
             copy.close()
         if slot in self.outgrown:
             self.outgrown.remove(slot)
@@ -195,17 +226,28 @@ Run = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
 class Snapshots:
     """Of one node, for all its generations."""
 
-    def __init__(self, settings: SaveSettings, node: NodeId, answer: Answer, run: Run) -> None:
+    def __init__(self, settings: SaveSettings, node: NodeId, answer: Answer, run: Run, dial: Dial) -> None:
         self._settings = settings
         self._node = node
         self._answer = answer
         self._run = run
+        self._dial = dial
         self._shares: dict[int, _Share] = {}
+        self._guests: dict[Rank, _Share] = {}
+        """By the rank that has made the copies."""
+        self._incoming: set[asyncio.Task[None]] = set()
+        """Copies that are being received."""
+        self._freed = asyncio.Event()
+        """An arena for a guest is free."""
+        self._avoided = (0.0, "")
+        """Until when the neighbour is not asked, and why."""
+        self._alone: set[Step] = set()
+        """Steps of this generation of which the neighbour does not have all copies."""
         self._formation: Formation | None = None
         self._tell: Tell = lambda rank, message: None
         self._say: Say = lambda event: None
         self._kept: CheckpointRef | None = None
-        """The newest that all nodes have sealed."""
+        """The newest that all nodes have sealed, and their neighbours have."""
         self._taken: dict[Step, set[Rank]] = {}
         """Whose share of a step is copied and sealed, or written, as long as somebody's is not."""
         self._written: set[Step] = set()
@@ -223,12 +265,17 @@ class Snapshots:
         """A generation begins with these workers, by their number on this node."""
         self._formation, self._tell, self._say = formation, tell, say
         self._taken, self._written, self._forgotten, self._spoken = {}, set(), set(), []
+        self._alone, self._avoided = set(), (0.0, "")
+        for task in self._incoming:
+            task.cancel()
         origin = formation.restore if formation.memory else None
         self._kept = origin
         for number, share in list(self._shares.items()):
             for slot, copy in share.filled:
                 if copy.snapshot != origin:
                     share.empty(slot)
+                elif copy.passing is not None:
+                    copy.passing.cancel()
             if number not in workers and not share.holds(origin):
                 self._end_share(self._shares.pop(number))
             else:
@@ -236,17 +283,24 @@ class Snapshots:
         for number, (worker, rank) in workers.items():
             share = self._shares.setdefault(number, _Share())
             share.worker, share.rank, share.refused = worker, rank, ""
+        for guest in self._guests.values():
+            guest.refused = ""
+            for slot, copy in guest.filled:
+                if copy.snapshot != origin:
+                    guest.empty(slot)
+        self._dismiss_guests()
 
     def hand_out(self) -> None:
         """Give the workers, which are there by now, what they start from; and go on making it durable."""
         formation = self._formation
         if formation is None or not formation.memory:
             return
+        ranks = {rank for made, now in formation.handed_out() if now.node == self._node for rank in made.ranks()}
         held = [
             (share, slot, copy)
-            for share in self._shares.values()
+            for share in self._all
             for slot, copy in share.filled
-            if copy.snapshot == formation.restore and copy.digests is not None
+            if copy.snapshot == formation.restore and copy.digests is not None and copy.rank in ranks
         ]
         for worker in [share.worker for share in self._shares.values() if share.worker]:
             for _, slot, copy in held:
@@ -259,9 +313,29 @@ class Snapshots:
             if copy.work is None and copy.written < copy.size:
                 copy.work = self._run(self._write(share, slot, copy), f"write-{copy.rank}")
 
+    def persist(self, order: Persist) -> None:
+        """Write what the order leaves to this node, whether or not there are workers."""
+        made_by = zip(order.members, order.handed_by, strict=True)
+        wanted = {Rank(rank) for member, by in made_by if by == self._node for rank in member.ranks()}
+        for share in self._all:
+            for slot, copy in share.filled:
+                if copy.snapshot != order.snapshot or copy.rank not in wanted or copy.digests is None:
+                    continue
+                wanted.discard(copy.rank)
+                if copy.work is None and copy.written < copy.size:
+                    copy.work = self._run(self._write(share, slot, copy), f"write-{copy.rank}")
+        for rank in wanted:
+            about = {"generation": order.snapshot.generation, "rank": rank, "step": order.snapshot.step}
+            self._tell(rank, {"save_failed": {**about, "reason": "its copy is not in memory any more"}})
+
+    @property
+    def _all(self) -> list[_Share]:
+        return [*self._shares.values(), *self._guests.values()]
+
     def _end_share(self, share: _Share) -> None:
         share.memory.leave_behind()
         share.disk.leave_behind()
+        share.passing.leave_behind()
         for slot, _ in share.filled:
             share.empty(slot)
         share.outgrow()
@@ -270,9 +344,12 @@ class Snapshots:
 
     def end(self) -> None:
         """Give everything back."""
-        for share in self._shares.values():
+        for task in self._incoming:
+            task.cancel()
+        for share in self._all:
             self._end_share(share)
         self._shares.clear()
+        self._guests.clear()
 
     def repeat(self) -> None:
         """Say again what is in memory: the stream on which it was said may be lost."""
@@ -317,21 +394,26 @@ class Snapshots:
 
     def _affordable(self, rank: Rank, size: int) -> tuple[int, str]:
         """How many arenas of this size there is memory for, and why there are not as many as wanted."""
-        taken = sum(share.bytes for share in self._shares.values()) + self._promised
-        room = headroom()
-        free = room.free - self._promised - max(MARGIN_BYTES, int(MARGIN * room.free))
-        where = f"{room.where} has {human_size(max(0, free))} to spare"
-        if self._settings.memory is not None and self._settings.memory - taken < free:
-            free = self._settings.memory - taken
-            where = f"checkpoint.memory leaves {human_size(max(0, free))}"
+        free, where = self._room()
         wanted = self._settings.slots
-        count = min(wanted, max(0, free) // max(size, 1))
+        count = min(wanted, free // max(size, 1))
         if count == wanted:
             return count, ""
         what = f"rank {rank} needs {human_size(size * wanted)} for {wanted} copies of its share, and {where}"
         if count:
             return count, f"{what}: it gets {count}"
         return 0, f"{what}: its checkpoints are written while training waits"
+
+    def _room(self) -> tuple[int, str]:
+        """Bytes that are left for arenas, and what says so."""
+        room = headroom()
+        free = room.free - self._promised - max(MARGIN_BYTES, int(MARGIN * room.free))
+        where = f"{room.where} has {human_size(max(0, free))} to spare"
+        taken = self.reserved + self._promised
+        if self._settings.memory is not None and self._settings.memory - taken < free:
+            free = self._settings.memory - taken
+            where = f"checkpoint.memory leaves {human_size(max(0, free))}"
+        return max(0, free), where
 
     def copied(self, number: int, message: Mapping[str, Any], values: int | None) -> None:
         """The copy of a step is in the slot; `values` is a memory file, taken over."""
@@ -367,7 +449,7 @@ class Snapshots:
         self._speak(SnapshotTaken(self._node, formation.generation, step, in_memory, digests, compared))
 
     def _speak(self, event: Event) -> None:
-        self._spoken = [*self._spoken, event][-2:]
+        self._spoken = [*self._spoken, event][-REMEMBERED:]
         self._say(event)
 
     # --- what becomes of a copy ---
@@ -381,6 +463,9 @@ class Snapshots:
             self._release(share, slot)
             return
         copy.digests, copy.digest = fds[0], done["digest"]
+        neighbour = copy.formation.neighbour(self._node)
+        if neighbour is not None and copy.formation is self._formation and len(share.slots) > 1:
+            copy.passing = self._run(self._pass_on(share, slot, copy, neighbour), f"pass-{copy.rank}")
         self._took(copy.rank, copy.step)
         if copy.message["durable"]:
             await self._write(share, slot, copy)
@@ -431,17 +516,18 @@ class Snapshots:
         self._tell(copy.rank, {"save_failed": {**about, "reason": reason}})
 
     def keep(self, generation: Generation, step: Step) -> None:
-        """All nodes have sealed this step: older copies are of no use any more."""
+        """All nodes have sealed this step, and it is safe: older copies are of no use any more."""
         self._kept = CheckpointRef(step, generation)
-        for share in self._shares.values():
+        for share in self._all:
             for slot, _ in share.filled:
                 self._release(share, slot)
+        self._dismiss_guests()
 
     def forget(self, generation: Generation, step: Step) -> None:
         """Some rank has no copy of this step: those of others are of no use, nor is writing them."""
         gone = CheckpointRef(step, generation)
         self._forgotten.add(step)
-        for share in self._shares.values():
+        for share in self._all:
             for slot, copy in share.filled:
                 if copy.snapshot == gone:
                     self._free(share, slot)
@@ -459,8 +545,138 @@ class Snapshots:
 
     def _free(self, share: _Share, slot: _Slot) -> None:
         share.empty(slot)
-        if slot in share.slots:
+        if not share.worker:
+            self._freed.set()
+        elif slot in share.slots:
             self._answer(share.worker, {"kind": "free", "slot": share.slots.index(slot)}, ())
+
+    # --- to the neighbour, and from it ---
+
+    async def _pass_on(self, share: _Share, slot: _Slot, copy: _Copy, neighbour: Member) -> None:
+        """Bring the copy to the neighbour, or say that it has none."""
+        try:
+            async with share.turn:
+                until, why = self._avoided
+                if time.monotonic() < until:
+                    raise NotKeptError(why)
+                await self._bring(share, slot, copy, neighbour)
+        except NotKeptError as error:
+            if time.monotonic() >= self._avoided[0]:
+                log.warning("%s has no copy of rank %d's step %d: %s", neighbour.node, copy.rank, copy.step, error)
+                self._avoided = (time.monotonic() + AVOIDED_SECONDS, str(error))
+            if copy.step not in self._alone:
+                self._alone.add(copy.step)
+                self._speak(CopiesAlone(self._node, copy.formation.generation, copy.step, str(error)))
+        copy.passing = None
+
+    async def _bring(self, share: _Share, slot: _Slot, copy: _Copy, neighbour: Member) -> None:
+        assert copy.digests is not None
+        more = [copy.plan] + ([] if copy.values is None else [copy.values])
+        generation = copy.formation.generation
+        try:
+            offer = await offer_of(share.passing, generation, copy.rank, copy.message, copy.digests, more)
+            async with asyncio.timeout(offer.limit):
+                peer = await self._dial(neighbour)
+                try:
+                    await hand_over(peer, neighbour.address, offer, share.passing, [slot.fd, *more])
+                finally:
+                    peer.close()
+        except (JobFailed, StreamClosed) as error:
+            raise NotKeptError(str(error)) from error
+        except TimeoutError as error:
+            raise NotKeptError(f"it has taken longer than {offer.limit:.0f} s") from error
+
+    async def entertain(self, peer: Stream) -> None:
+        """Another agent wants a copy kept here: receive it, and tell the leader when all of that node's are here."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._incoming.add(task)
+        try:
+            async with asyncio.timeout(SETTLING_SECONDS):
+                offer = Offer.parse(await peer.receive())
+            async with asyncio.timeout(offer.limit):
+                refused = await self._keep_guest(peer, offer)
+            peer.send({"refused": refused} if refused else {"kept": True})
+        except (KeyError, TypeError, ValueError, JobFailed, TimeoutError) as error:
+            peer.send({"refused": str(error) or "it took too long"})
+        except StreamClosed as closed:
+            log.info("a copy was to come from %s, and did not: %s", peer.hello.get("node"), closed.reason)
+        finally:
+            self._incoming.discard(task)
+            peer.close()
+
+    async def _keep_guest(self, peer: Stream, offer: Offer) -> str:
+        """Receive the copy. Returns why not."""
+        formation, guest = self._formation, None
+        if formation is not None and formation.generation == offer.generation:
+            guest = formation.guest(self._node)
+        who = (peer.hello.get("node"), peer.hello.get("incarnation"))
+        if formation is None or guest is None or who != (guest.node, guest.incarnation):
+            return f"{self._node} is not its neighbour in generation {offer.generation}"
+        if offer.rank not in guest.ranks():
+            return f"rank {offer.rank} is not one of {guest.node}"
+        share = self._guests.setdefault(offer.rank, _Share(rank=offer.rank))
+        async with share.turn:
+            if share.size < offer.size and (refused := await self._provide_guest(share, offer.size, guest)):
+                share.refused = refused
+                return refused
+            slot = await self._vacant(share)
+            if self._outdated(offer):
+                return f"step {offer.step} is of no use any more"
+            digests, files = await take_over(peer, self._settings.address, offer, share.memory, slot.fd)
+            values = files[1] if len(files) > 1 else None
+            copy = _Copy(formation, offer.rank, offer.message, files[0], values, digests=digests)
+            if self._outdated(offer):  # late
+                copy.close()
+                self._freed.set()
+                return f"step {offer.step} is of no use any more"
+            slot.copy = copy
+        complete = all(
+            each in self._guests and self._guests[each].holds(copy.snapshot) for each in map(Rank, guest.ranks())
+        )
+        if complete:
+            self._speak(CopiesKept(self._node, offer.generation, offer.step, guest.node))
+        return ""
+
+    def _outdated(self, offer: Offer) -> bool:
+        kept = self._kept
+        older = kept is not None and (offer.generation, offer.step) < (kept.generation, kept.step)
+        return older or offer.step in self._forgotten
+
+    async def _vacant(self, share: _Share) -> _Slot:
+        """A slot whose copy is of no use any more, as soon as there is one."""
+        while True:
+            for slot in share.slots:
+                if slot.copy is None:
+                    return slot
+            self._freed.clear()
+            await self._freed.wait()
+
+    async def _provide_guest(self, share: _Share, size: int, guest: Member) -> str:
+        """Make the arenas for a guest. Returns why not."""
+        free, where = self._room()
+        needed = size * GUEST_SLOTS
+        if needed > free:
+            return (
+                f"the copies of {guest.node}'s rank {share.rank} need {human_size(needed)} on its neighbour "
+                f"{self._node}, and {where}: they do not outlive their node"
+            )
+        self._promised += needed
+        try:
+            _, fds = await share.memory.carry({"do": "reserve", "size": size, "count": GUEST_SLOTS})
+        finally:
+            self._promised -= needed
+        share.outgrow()
+        share.slots, share.size, share.refused = [_Slot(fd) for fd in fds], size, ""
+        return ""
+
+    def _dismiss_guests(self) -> None:
+        """Arenas of former guests go with the last copy in them."""
+        guest = self._formation.guest(self._node) if self._formation is not None else None
+        ranks = guest.ranks() if guest is not None else range(0)
+        for rank, share in list(self._guests.items()):
+            if rank not in ranks and not share.filled:
+                self._end_share(self._guests.pop(rank))
 
     # --- views ---
 
@@ -469,7 +685,7 @@ class Snapshots:
         now = time.monotonic()
         return tuple(
             SaveReport(copy.rank, copy.step, now - copy.since, copy.written, copy.size, now - copy.heard_at)
-            for share in self._shares.values()
+            for share in self._all
             for _, copy in share.filled
             if copy.work is not None and copy.since
         )
@@ -477,9 +693,9 @@ class Snapshots:
     @property
     def reserved(self) -> int:
         """Bytes of all arenas."""
-        return sum(share.bytes for share in self._shares.values())
+        return sum(share.bytes for share in self._all)
 
     @property
     def refused(self) -> str:
         """Why a rank has fewer arenas than it should; empty when all have theirs."""
-        return next((share.refused for share in self._shares.values() if share.refused), "")
+        return next((share.refused for share in self._all if share.refused), "")

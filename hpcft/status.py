@@ -135,8 +135,10 @@ def state(world: World) -> str:
 
 def _saving(world: World) -> dict[str, Any]:
     """What is being made of the state, beside what is durable."""
-    skipped = world.save_skipped
+    skipped, held, safe = world.save_skipped, world.holdings.held, world.holdings.safe
     return {
+        "held_step": None if held is None else held.snapshot.step,
+        "safe_step": None if safe is None else safe.snapshot.step,
         "writing": [
             {
                 "node": report.node,

@@ -38,6 +38,8 @@ from hpcft.events import (
     CheckpointVerified,
     Commit,
     Conclude,
+    CopiesAlone,
+    CopiesKept,
     Decided,
     Event,
     Evict,
@@ -52,6 +54,7 @@ from hpcft.events import (
     NodeReported,
     Outcome,
     PeerAnswered,
+    PersistCopies,
     Progressed,
     Propose,
     Quarantine,
@@ -193,6 +196,15 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
+class Persisting:
+    """A state in memory that is being written before the run leaves."""
+
+    snapshot: CheckpointRef
+    since: float
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Undone:
     """The last generation that trained before this one. How far it was is known when its workers have ended."""
 
@@ -267,6 +279,7 @@ class World:
     """When the last of them did."""
     stopped: frozenset[Rank] = frozenset()
     holdings: Holdings = field(default_factory=Holdings)
+    persisting: Persisting | None = None
     save_skipped: tuple[Step, str] | None = None
     """The last save of this generation that was left out, and why."""
     lost_members: tuple[NodeId, ...] = ()
@@ -470,6 +483,10 @@ def apply(world: World, event: Event, now: float) -> World:
             if world.formation is None or world.formation.generation != event.generation:
                 return world
             return replace(world, holdings=world.holdings.took(event, world.formation))
+        case CopiesKept() | CopiesAlone():
+            if world.formation is None or world.formation.generation != event.generation:
+                return world
+            return replace(world, holdings=world.holdings.kept(event, world.formation))
         case SnapshotDoubtful():
             if not _current(world, event.generation):
                 return world
@@ -744,7 +761,7 @@ def _fail(world: World, event: WorkerFailed, now: float) -> World:
     elif incident.budget is None and budget is not None:
         world = _find_cause(world, incident.cause, culprit, budget, now, failure.tail)
     if failure.kind is FailureKind.FORGOTTEN:
-        world = replace(world, holdings=replace(world.holdings, held=None))
+        world = replace(world, holdings=replace(world.holdings, whole=()))
     if failure.kind is FailureKind.EXCEPTION:
         if (failure.step, failure.signature()) in world.known_bugs and world.repeated_bug is None:
             world = replace(world, repeated_bug=event)
@@ -862,6 +879,9 @@ def _verify_checkpoint(world: World, event: CheckpointVerified, now: float) -> W
 
 
 def _fail_checkpoint(world: World, event: CheckpointFailed, now: float) -> World:
+    persisting = world.persisting
+    if persisting is not None and persisting.snapshot == CheckpointRef(event.step, event.generation):
+        world = replace(world, persisting=replace(persisting, failed=event.reason))
     if not _current(world, event.generation):
         return world
     last = world.incidents[-1] if world.incidents else None
@@ -920,7 +940,7 @@ def _turn_back(world: World, step: Step) -> World:
 def _carry_out(world: World, decided: Decided, now: float) -> World:
     world = replace(world, last_reason=decided.reason)
     incident = world.open_incident
-    settles = any(not isinstance(action, AskPeer | Evict | Quarantine) for action in decided.actions)
+    settles = any(not isinstance(action, AskPeer | Evict | Quarantine | PersistCopies) for action in decided.actions)
     if incident is not None and not incident.decision and settles:
         world = replace(world, incidents=(*world.incidents[:-1], replace(incident, decision=decided.reason)))
     for action in decided.actions:
@@ -949,6 +969,7 @@ def _carry_out(world: World, decided: Decided, now: float) -> World:
                     save_failed=None,
                     save_skipped=None,
                     holdings=world.holdings.begin(formation),
+                    persisting=None,
                     suspected=None,
                     examined=None,
                     base_step=base,
@@ -965,6 +986,8 @@ def _carry_out(world: World, decided: Decided, now: float) -> World:
                 node = world.node(action.node)
                 if node is not None and node.incarnation == action.incarnation:
                     world = _remove(world, node, decided.reason, now)
+            case PersistCopies():
+                world = replace(world, persisting=Persisting(action.snapshot, now))
             case Quarantine():
                 world = replace(world, suspected=action.checkpoint)
             case Requeue():

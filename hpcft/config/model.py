@@ -275,6 +275,12 @@ class CheckpointSection(_Section):
         description="With every so many copies each rank compares its parameters with those that another one has "
         "copied: replicas that differ are reported as an incident. Takes half as long as the copy. 0: never.",
     )
+    neighbour: bool = Field(
+        True,
+        description="Whether each node's copies go to the next node's memory as well, so that a lost node takes no "
+        "state with it. Only with `checkpoint.snapshot_every`; takes the memory of two more copies and, for each copy, "
+        "its size on the network. Turn it off where memory is short.",
+    )
     mode: Literal["async", "sync"] = Field(
         "async",
         description='`"async"`: training waits for a copy of the state into shared memory, and goes on while that is '

@@ -61,7 +61,7 @@ def recall(link: Link, restore: Restore, rank: Rank) -> SavedState:
     images: dict[int, _Image] = {}
     for holder in restore.memory:
         mine = {number: here[number] for number in holder.ranks if number in here}
-        if len(restore.memory) > 1:
+        if not restore.local:
             mine = _tell_all(mine, Rank(holder.source), rank)
         images |= mine
         if missing := [number for number in holder.ranks if number not in images]:
@@ -72,8 +72,7 @@ def recall(link: Link, restore: Restore, rank: Rank) -> SavedState:
     if plans != {index_digest(index)} or (gap := find_gap(pieces)):
         raise Forgotten(f"the copies in memory are not one state{'' if plans else f': {gap}'}")
     sources = {number: holder.source for holder in restore.memory for number in holder.ranks}
-    alone = len(restore.memory) == 1
-    ordered = [(image, None if alone else sources[number]) for number, image in sorted(images.items())]
+    ordered = [(image, None if restore.local else sources[number]) for number, image in sorted(images.items())]
     return SavedState(
         f"the copy of step {restore.step} in memory",
         index,

@@ -50,6 +50,8 @@ class Restore:
     directory: Path
     memory: tuple[Holder, ...] = ()
     """Who has it in memory. Empty: it is read from the directory."""
+    local: bool = False
+    """Every rank has all of it on its own node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ def _restore(found: Mapping[str, Any]) -> Restore:
     memory = tuple(
         Holder(range(first, first + count), Rank(source)) for first, count, source in found.get("memory", ())
     )
-    return Restore(Step(found["step"]), Path(found["directory"]), memory)
+    return Restore(Step(found["step"]), Path(found["directory"]), memory, bool(found.get("local", False)))
 
 
 _held: tuple[int, bytes] | None = None

@@ -40,6 +40,7 @@ from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 from hpcft.page import NodePage
 from hpcft.ranks import Assignment, Ranks
 from hpcft.snapshots import SaveSettings, Snapshots
+from hpcft.stream import Stream
 from hpcft.worker.link import Link
 from hpcft.worker.saving import Saving, Stateful, named
 from hpcft.worker.spec import WorkerSpec
@@ -116,11 +117,15 @@ class SavingNode:
         """What all ranks have a copy of, or have written."""
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._page = page or NodePage.create(ranks)
-        self.snapshots = Snapshots(SaveSettings(self.root, memory, slots, None), NODE, self._answer, self._run)
+        settings = SaveSettings(self.root, "127.0.0.1", memory, slots, None)
+        self.snapshots = Snapshots(settings, NODE, self._answer, self._run, self._dial)
         config = Config.model_validate({"run": {"name": "r"}, "job": {"script": "train.py"}})
         assignment = Assignment(RUN, directory, NODE, "127.0.0.1", (), config)
         self._ranks = Ranks(assignment, Incarnation("a"), self._page, self.snapshots, self._say, self._tell)
         self._commits = Commits(self.root, RUN, retained, self._deliver)
+
+    async def _dial(self, neighbour: Member) -> Stream:
+        raise AssertionError(f"a single node has no neighbour {neighbour.node}")
 
     # --- a generation
 

@@ -209,7 +209,7 @@ def test_all_mistakes_are_reported_together(written: Path) -> None:
         "  job.toml: nodes.interval: unknown key; did you mean heartbeat.interval?",
         "  HPCFT_NODES__MINN: nodes.minn: unknown key; did you mean nodes.min?",
         "  job.toml: checkpoint.zzz: unknown key; [checkpoint] has every, every_min, every_max, mtbf, "
-        "snapshot_every, compare_every, mode, busy, slots, memory, low_memory, max_bandwidth, keep, "
+        "snapshot_every, compare_every, neighbour, mode, busy, slots, memory, low_memory, max_bandwidth, keep, "
         "keep_every, keep_best, best_metric, best_mode, verify",
         "  --set: checkpoint.kep: unknown key; did you mean checkpoint.keep?",
         "  --set: foo: unknown section; there are run, job, nodes, heartbeat, checkpoint, mirror, data, recovery,"

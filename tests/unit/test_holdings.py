@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hpcft.events import CheckpointRef, Formation, Member, SnapshotDropped, SnapshotTaken
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpcft.events import CheckpointRef, CopiesAlone, CopiesKept, Formation, Member, SnapshotDropped, SnapshotTaken
 from hpcft.holdings import KNOWN, Holdings
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step, Term
 
@@ -119,3 +122,111 @@ def test_copies_that_stand_still_are_an_alarm() -> None:
     for word in spoken(20):
         again = again.took(word, FIRST)
     assert again.doubt is None, "another generation has other copies"
+
+
+C = Member(NodeId("c"), Incarnation("c1"), "10.0.0.3", 2, Rank(4))
+ABC = Formation(Term(1), Generation(1), (A, B, C), None, "0", neighbours=True)
+
+
+def kept(known: Holdings, step: int, *owners: Member, formation: Formation = ABC) -> Holdings:
+    """The neighbours of these have their copies."""
+    for owner in owners:
+        keeper = formation.neighbour(owner.node)
+        assert keeper is not None
+        known = known.kept(CopiesKept(keeper.node, Generation(1), Step(step), owner.node), formation)
+    return known
+
+
+def held_by_all(*steps: int) -> Holdings:
+    known = Holdings()
+    for step in steps:
+        for member in ABC.members:
+            known = known.took(SnapshotTaken(member.node, Generation(1), Step(step)), ABC)
+    return known
+
+
+def test_the_next_member_keeps_a_members_copies_and_nobody_its_own() -> None:
+    assert [ABC.neighbour(each.node) for each in ABC.members] == [B, C, A]
+    assert [ABC.guest(each.node) for each in ABC.members] == [C, A, B]
+    assert FIRST.neighbour(A.node) is None and FIRST.guest(A.node) is None
+    alone = replace(ABC, members=(A,))
+    assert alone.neighbour(A.node) is None and alone.guest(A.node) is None
+
+
+def test_a_step_is_safe_when_each_neighbour_has_it_or_never_will() -> None:
+    known = kept(held_by_all(10), 10, A, B)
+    assert known.held is not None and known.safe is None
+    safe = kept(known, 10, C)
+    assert safe.safe is not None and safe.safe.snapshot == ref(10)
+    given_up = known.kept(CopiesAlone(C.node, Generation(1), Step(10), "no memory"), ABC)
+    assert given_up.safe is not None and given_up.usable((A, B), None) is None and given_up.usable((B, C), None)
+    assert kept(given_up, 10, C).usable((A, B), None), "it has come after all"
+
+
+def test_what_is_safe_stays_until_a_newer_step_is() -> None:
+    """So a node that is lost in between costs the newest copies, and not all of them."""
+    known = kept(held_by_all(10, 20), 10, A, B, C)
+    assert known.held is not None and known.held.snapshot == ref(20)
+    assert known.safe is not None and known.safe.snapshot == ref(10)
+    found = known.lost(C.node, C.incarnation).usable((A, B), None)
+    assert found is not None and found.snapshot == ref(10) and found.handed_by((A, B)) == ("a", "b", "a")
+    assert known.usable((A, B, C), None) == known.held, "of a living node the newest counts"
+    later = kept(known, 20, A, B, C)
+    assert [each.snapshot for each in later.whole] == [ref(20)]
+
+
+def test_a_copy_that_was_kept_before_all_had_sealed_counts() -> None:
+    known = kept(Holdings(), 10, A, B, C)
+    for member in ABC.members:
+        known = known.took(SnapshotTaken(member.node, Generation(1), Step(10)), ABC)
+    assert known.safe is not None and known.usable((B, C), None) is not None
+
+
+def test_a_node_that_lives_hands_out_its_own() -> None:
+    known = kept(held_by_all(10), 10, A, B, C)
+    assert known.held is not None and known.held.handed_by((C, A, B)) == ("a", "b", "c")
+    again = replace(A, incarnation=Incarnation("a2"))
+    assert known.held.handed_by((again, B, C)) == ("b", "b", "c")
+
+
+MEMBERS = st.integers(2, 5).map(
+    lambda count: tuple(
+        Member(NodeId(f"n{number}"), Incarnation("1"), "10.0.0.1", 1, Rank(number)) for number in range(count)
+    )
+)
+
+
+@given(MEMBERS, st.data())
+def test_usable_if_and_only_if_each_share_has_a_holder_that_lives(
+    members: tuple[Member, ...], data: st.DataObject
+) -> None:
+    formation = replace(ABC, members=members)
+    replicated = data.draw(st.sets(st.sampled_from(members)))
+    alive = tuple(data.draw(st.sets(st.sampled_from(members), min_size=1)))
+    told = [SnapshotTaken(each.node, Generation(1), Step(10)) for each in members]
+    events: list[SnapshotTaken | CopiesKept | CopiesAlone] = [*told]
+    for each in members:
+        keeper = formation.neighbour(each.node)
+        assert keeper is not None
+        done = each in replicated
+        events.append(
+            CopiesKept(keeper.node, Generation(1), Step(10), each.node)
+            if done
+            else CopiesAlone(each.node, Generation(1), Step(10), "why")
+        )
+    known = Holdings()
+    for event in data.draw(st.permutations(events)):
+        known = known.took(event, formation) if isinstance(event, SnapshotTaken) else known.kept(event, formation)
+    assert known.safe is not None
+    for each in members:
+        if each not in alive:
+            known = known.lost(each.node, each.incarnation)
+    holders = {each: [each, formation.neighbour(each.node)] if each in replicated else [each] for each in members}
+    expected = all(any(holder in alive for holder in found) for found in holders.values())
+    found = known.usable(alive, None)
+    assert (found is not None) == expected
+    if found is not None:
+        by = found.handed_by(alive)
+        assert by is not None
+        for made, node in zip(members, by, strict=True):
+            assert node == (made.node if made in alive else next(k.node for k in holders[made] if k and k in alive))

@@ -37,8 +37,8 @@ class Agent:
         self.events: list[Event] = []
         self.messages: list[Mapping[str, Any]] = []
         assignment = Assignment(RunId("r"), Path("/runs/r"), NODE, "10.0.0.2", (), config)
-        settings = SaveSettings(Path("/runs/r/checkpoints"), memory=None, slots=2, bandwidth=None)
-        snapshots = Snapshots(settings, NODE, lambda worker, message, fds: None, lambda work, name: None)  # type: ignore[arg-type, return-value]
+        settings = SaveSettings(Path("/runs/r/checkpoints"), "10.0.0.2", memory=None, slots=2, bandwidth=None)
+        snapshots = Snapshots(settings, NODE, lambda worker, message, fds: None, lambda work, name: None, None)  # type: ignore[arg-type, return-value]
         self.ranks = Ranks(assignment, Incarnation("a"), page, snapshots, self.events.append, self.messages.append)
 
     def begin(self, formation: Formation = FORMATION) -> list[str]:

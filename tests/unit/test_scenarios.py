@@ -128,6 +128,14 @@ class Stage:
     def finds(self, peer: str, suspect: str, found: str, detail: str = "") -> None:
         self.feed(ev.PeerAnswered(NodeId(peer), NodeId(suspect), self.life(suspect), ev.Reach(found), detail))
 
+    def copied(self, who: str, step: str) -> None:
+        for node in self.members() if who == "all" else [NodeId(who)]:
+            self.feed(ev.SnapshotTaken(node, self.generation, Step(int(step))))
+
+    def persisted(self, step: int) -> ev.CheckpointRef:
+        assert self.world.persisting is not None and self.world.persisting.snapshot.step == step
+        return self.world.persisting.snapshot
+
     def ends(self, who: str, how: str, step: str) -> None:
         assert self.world.formation is not None
         for member in self.world.formation.members:
@@ -221,6 +229,19 @@ EVENTS: list[tuple[str, Callable[..., None]]] = [
     (rf"no worker of {NODE} is left", lambda s, node: s.feed(ev.WorkersVanished(NodeId(node), s.life(node)))),
     (rf"the keeper of {NODE} is gone", lambda s, node: s.feed(ev.KeeperVanished(NodeId(node), s.life(node)))),
     (rf"the checkpoint of step {NUMBER} is committed", committed),
+    (r"(node\d+|all) (?:has|have) copies of step (\d+)", Stage.copied),
+    (
+        rf"{NODE} keeps those of {NODE} of step {NUMBER}",
+        lambda s, keeper, of, step: s.feed(ev.CopiesKept(NodeId(keeper), s.generation, Step(int(step)), NodeId(of))),
+    ),
+    (
+        rf"the copy of step {NUMBER} is committed",
+        lambda s, step: s.feed(ev.CheckpointCommitted(s.persisted(int(step)), 0.5, 1 << 20)),
+    ),
+    (
+        rf"the copy of step {NUMBER} cannot be written: (.+)",
+        lambda s, step, why: s.feed(ev.CheckpointFailed(Step(int(step)), s.persisted(int(step)).generation, why)),
+    ),
     (
         rf"the checkpoint of step {NUMBER} fails: (.+)",
         lambda s, step, why: s.feed(ev.CheckpointFailed(Step(int(step)), s.generation, why)),
