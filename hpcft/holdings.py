@@ -74,7 +74,9 @@ class Holdings:
     words: tuple[SnapshotTaken, ...] = ()
     """What was said of the newest step."""
     digests: Mapping[Rank, str] = field(default_factory=dict)
-    """Of the step before that everybody had taken."""
+    """Of the step before that everybody had taken,"""
+    compared: Step | None = None
+    """which is this one: it may be copied twice, for a checkpoint as well, or told twice."""
     doubt: SnapshotDoubtful | None = None
     """What is wrong with the newest step that everybody has taken."""
 
@@ -144,9 +146,11 @@ class Holdings:
         if {each.node for each in heard.words} != {member.node for member in formation.members}:
             return heard
         digests = {rank: digest for each in heard.words for rank, digest in each.digests}
-        reason = _difference(heard.words, digests) or _standstill(digests, self.digests)
+        reason = _difference(heard.words, digests)
+        if not reason and event.step != self.compared:
+            reason = _standstill(digests, self.digests)
         doubt = SnapshotDoubtful(formation.generation, event.step, reason) if reason else None
-        return replace(heard, words=(), digests=digests, doubt=doubt)
+        return replace(heard, words=(), digests=digests, compared=event.step, doubt=doubt)
 
     def dropped(self, event: SnapshotDropped) -> Holdings:
         nodes = self.taken.get(event.step)

@@ -118,6 +118,7 @@ def test_copies_that_stand_still_are_an_alarm() -> None:
     assert doubt is not None and (doubt.step, doubt.generation) == (20, 1)
     assert "does not train" in doubt.reason
     assert heard(*spoken(10), *spoken(20, a="x")).doubt is None, "one rank's share may stand still: it is frozen"
+    assert heard(*spoken(10), *spoken(10)).doubt is None, "one step, copied twice"
     again = heard(*spoken(10)).begin(FIRST)
     for word in spoken(20):
         again = again.took(word, FIRST)
