@@ -28,6 +28,7 @@ from hpcft.page import NodePage
 from hpcft.ranks import Assignment, Ranks
 from hpcft.rundir import RunDirectory
 from hpcft.snapshots import SaveSettings, Snapshots
+from hpcft.stream import Stream
 from hpcft.workers import WorkerSaid
 
 HERE = Path(__file__).resolve().parent
@@ -60,9 +61,12 @@ class Node:
         self._store = TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False)
         self.saved: CheckpointRef | None = None
         """What was committed last."""
-        settings = SaveSettings(self._directory.checkpoints, memory=None, slots=2, bandwidth=None)
-        self._snapshots = Snapshots(settings, _NODE, self._answer, self._begin_task)
+        settings = SaveSettings(self._directory.checkpoints, _ADDRESS, memory=None, slots=2, bandwidth=None)
+        self._snapshots = Snapshots(settings, _NODE, self._answer, self._begin_task, self._dial)
         self._members: tuple[Member, ...] = ()
+
+    async def _dial(self, neighbour: Member) -> Stream:
+        raise AssertionError(f"a node by itself has no neighbour {neighbour.node}")
 
     async def train(
         self, program: Path, plan: Mapping[str, Any], *, every: int | None, limit: float, memory: bool | None = None
