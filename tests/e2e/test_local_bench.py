@@ -28,6 +28,7 @@ def checkpoints(directory: Path) -> list[Path]:
     return list(directory.glob("bench-*/trials/*/checkpoints"))
 
 
+@pytest.mark.drill
 def test_a_bench_measures_saves_overhead_and_a_recovery(tmp_path: Path) -> None:
     done = subprocess.run(
         bench(tmp_path, "--mode", "async", "--steps", "12", "--mtbf", "1h"),

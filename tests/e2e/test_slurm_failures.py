@@ -129,6 +129,7 @@ def test_cut_off_without_the_run_directory(cluster: Cluster) -> None:
     assert run.ledger().exact, run.ledger()
 
 
+@pytest.mark.drill
 def test_only_the_way_to_the_leader_is_broken(cluster: Cluster) -> None:
     """A second agent is asked, reaches the node, and hears when its workers have ended."""
     run = SlurmRun(cluster, "parted", SLOW).submit()
