@@ -26,10 +26,10 @@ from hpcft.cadence import (
     plan,
     step_seconds,
 )
-from hpcft.events import CheckpointRef, Formation, Member, NodeReported, WorkerReport
+from hpcft.events import CheckpointRef, Formation, Member, NodeReported, SnapshotTaken, WorkerReport
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step, Term
 from hpcft.units import Auto, EverySeconds, EverySteps, Never
-from hpcft.world import Budget, Incident, Phase, Save, Stretch, World
+from hpcft.world import Budget, Incident, Phase, Save, Stretch, World, apply
 
 MEMBER = Member(NodeId("a"), Incarnation("a1"), "", 1, Rank(0))
 FORMATION = Formation(Term(1), Generation(1), (MEMBER,), None, "0")
@@ -187,6 +187,14 @@ def saved(world: World, step: int) -> World:
     return replace(world, checkpoints=(CheckpointRef(Step(step), Generation(1)),))
 
 
+def copied(world: World, step: int) -> World:
+    """All members have a copy of it, of which nothing is durable yet."""
+    assert world.formation is not None
+    for member in world.formation.members:
+        world = apply(world, SnapshotTaken(member.node, world.generation, Step(step)), 0.0)
+    return world
+
+
 LET_THEM_GO = [tuple(LET_GO)]
 
 
@@ -240,6 +248,7 @@ def test_a_save_by_the_clock_is_repeated_only_if_a_rank_has_missed_it() -> None:
     scene.settled.add(12)
     assert scene.look(training(15), later=60.0) == [], "it is being committed, slowly"
     scene.settled.clear()
+    assert scene.look(copied(training(15), 12), later=60.0) == [], "all have a copy of it: it is being written"
     (again,) = scene.look(training(15), later=1.0)
     assert again[0] > 15 and not again[1]
     assert scene.look(saved(training(15), again[0])) == []

@@ -450,3 +450,21 @@ def test_what_a_late_rank_leaves_behind_its_failure_goes_too(tmp_path: Path) -> 
         event = next_event()
         assert isinstance(event, CheckpointCommitted) and event.checkpoint == ref(20), "and it is said once"
     assert (left(tmp_path), unfinished(tmp_path)) == ([(20, 1)], [])
+
+
+def test_the_copy_that_a_generation_starts_from_becomes_durable_meanwhile(tmp_path: Path) -> None:
+    """One rank's files of it are written already, by a carrier that outlives the worker; the other's come later."""
+    state = flatten(training_state(20))
+    with thread(tmp_path) as (commits, next_event):
+        first = formation(1, None)
+        commits.follow(first)
+        early, late = save(tmp_path, state, 20, 1, world_size=WORKERS)[:2], []
+        commits.reported(Generation(1), Step(20), Rank(0), early[0].to_json())
+        commits.follow(replace(formation(2, ref(20)), memory=first.members))
+        commits.reported(Generation(1), Step(10), Rank(0), early[0].to_json())  # not what it starts from: too late
+        for rank, shard in enumerate(early[1:], start=1):
+            late.append(shard)
+            commits.reported(Generation(1), Step(20), Rank(rank), shard.to_json())
+        event = next_event()
+        assert isinstance(event, CheckpointCommitted) and event.checkpoint == ref(20), event
+    assert late and left(tmp_path) == [(20, 1)] and unfinished(tmp_path) == []
