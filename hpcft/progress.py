@@ -85,7 +85,11 @@ class Reporter:
         if not self._counts_steps:
             return ""
         restored = status["restored"]
-        return ", from the beginning" if restored is None else f", from the checkpoint of step {restored['step']}"
+        if restored is None:
+            return ", from the beginning"
+        if restored.get("memory"):  # an earlier version's file does not say it
+            return f", from the copy of step {restored['step']} in memory"
+        return f", from the checkpoint of step {restored['step']}"
 
     def _see_new_incidents(self, status: Mapping[str, Any]) -> None:
         for incident in status["incidents"]:

@@ -56,7 +56,11 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
         "world_size": formation.world_size if formation is not None else 0,
         "restored": None
         if formation is None or formation.restore is None
-        else {"step": formation.restore.step, "generation": formation.restore.generation},
+        else {
+            "step": formation.restore.step,
+            "generation": formation.restore.generation,
+            "memory": bool(formation.memory),
+        },
         "plain_command": not rules.saves,
         "nodes": [_node(node, _member(members, node), world, rules, now) for node in world.nodes],
         "workers": [

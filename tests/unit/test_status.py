@@ -323,7 +323,7 @@ def test_an_incident_from_its_beginning_to_its_end(tmp_path: Path) -> None:
     scene.acknowledge().train(41, seconds=0.4)
     found, text = scene.shown(tmp_path)
     assert found["state"] == "training"
-    assert found["restored"] == {"step": 40, "generation": 1}
+    assert found["restored"] == {"step": 40, "generation": 1, "memory": False}
     (incident,) = found["incidents"]
     assert incident["cause"] == "worker failed"
     assert incident["culprit"] == "rank 1 on node1: SIGKILL"
