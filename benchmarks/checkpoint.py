@@ -14,8 +14,8 @@ load       from files into the model: memcpy + digest (warm); raw read, best as 
 restore    from memory, or files, into a new process after a worker's death: memcpy
 memory     what all processes take in addition: the state, as often as there are copies of it
 
-Each system has processes of its own. Ratios are to the limit; of rates (write, load) more is better. By CPU time of the
-rank's thread, a ratio depends less on who else uses the machine.
+Each system has processes of its own. Ratios are to the limit; of rates (write, load) more is better. Blocking also
+by CPU time of the rank's thread, which depends less on who else uses the machine.
 Peers: pip install -c constraints.txt -r benchmarks/requirements.txt
 """
 
@@ -217,9 +217,8 @@ def _rows(session: Session, lines: Sequence[Sequence[Mapping[str, Any]]]) -> lis
                 rows.append(row(cold, system, rates, "GB/s", limit=gigabytes / middle("raw")))
             return rows
         case "restore":
-            note = f"{middle('cpu') / middle('memcpy_cpu'):.3g} x by CPU time"
             times = [line["restore"] for line in first]
-            return [row(session.cases[0], system, times, "s", limit=middle("memcpy"), note=note)]
+            return [row(session.cases[0], system, times, "s", limit=middle("memcpy"))]
         case _:
             copies = 2 if system in HPCFT else 1
             extra = [each["extra"] / 2**20 for each in lines[0]]

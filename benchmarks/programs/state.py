@@ -183,7 +183,7 @@ class Rank:
         copy = Copy(list(self.model.tensors), self.size)
         copy.run()
         limit = min(copy.run() for _ in range(3))
-        self.say(warm=True, restore=took.clock, cpu=took.cpu, memcpy=limit.clock, memcpy_cpu=limit.cpu)
+        self.say(warm=True, restore=took.clock, memcpy=limit.clock)
 
 
 class _Ways:

@@ -16,8 +16,8 @@ import os
 from contextlib import suppress
 from typing import Final
 
-_MADV_POPULATE_WRITE: Final = 23
-"""Linux 5.14; not in Python's mmap."""
+from hpcft.prefault import POPULATE_WRITE
+
 _TOUCHED_AT_ONCE: Final = 64 * 1024 * 1024
 """Python holds its lock while pages are touched: other threads get their turn between two such parts."""
 
@@ -59,7 +59,7 @@ class Arena:
         for start in range(0, self.size, _TOUCHED_AT_ONCE):
             length = min(_TOUCHED_AT_ONCE, self.size - start)
             try:
-                self._map.madvise(_MADV_POPULATE_WRITE, start, length)
+                self._map.madvise(POPULATE_WRITE, start, length)
             except OSError:  # an older kernel
                 for page in range(start, start + length, mmap.PAGESIZE):
                     self._map[page] = self._map[page]

@@ -17,38 +17,30 @@ The first error stops all threads at their next slice.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from mmap import PAGESIZE
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from hpcft import prefault
 from hpcft.checkpoint.layout import CheckpointDamagedError
 from hpcft.checkpoint.manifest import FileEntry
 from hpcft.checkpoint.needs import Contiguous, Need, Scattered
 from hpcft.checkpoint.read import content_damage, damage_of, read_chunk, stat_damage
+from hpcft.checkpoint.turns import do_in_turn
 from hpcft.durable import CHUNK_BYTES
-
-_THREADS = 4
-"""At most, since each may need a chunk of memory."""
 
 _STRETCH = 4
 """Chunks of a window that are one rank's own."""
 
-_SLICE_BYTES = 2 * 1024 * 1024
-
-_FAULTS_BYTES = 256 * 1024
-"""Memory below this is not worth a call of its own to have it mapped."""
-
-_MADV_POPULATE_WRITE = 23
+SLICE_BYTES = 2 * 1024 * 1024
+"""Copied, and digested while it is in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +79,12 @@ def read_files(
     ]
     if not whole:
         peers = ALONE  # each needs others
-    reading = _Reading(directory, _tasks(chunks, peers))
-    threads = min(_THREADS, max(2, len(os.sched_getaffinity(0)) // peers.count), len(chunks))
+    tasks = _tasks(chunks, peers)
+    reading = _Reading(directory, tasks)
     try:
-        if threads <= 1:
-            reading.work()
-        else:
-            with ThreadPoolExecutor(threads, thread_name_prefix="hpcft-read") as pool:
-                try:
-                    for each in [pool.submit(reading.work) for _ in range(threads)]:
-                        each.result()
-                finally:
-                    reading.stopped = True
+        do_in_turn(tasks, reading.do, peers.count)
     finally:
         reading.close()
-    if reading.errors:
-        raise min(reading.errors, key=lambda found: found[0])[1]
 
 
 def in_turn(count: int, peers: Peers) -> Iterator[tuple[int, bool]]:
@@ -175,45 +157,26 @@ def _tasks(chunks: Sequence[_Chunk], peers: Peers) -> list[_Task]:
 
 
 class _Reading:
-    """What the threads share: which tasks are left, which files are open, and what went wrong."""
+    """What the threads share: which files are open, and how long they have to be."""
 
     def __init__(self, directory: Path, tasks: Sequence[_Task]) -> None:
-        self.stopped = False
-        self.errors: list[tuple[int, BaseException]] = []
-        """With the place of the task at which they were met."""
         self._directory = directory
-        self._tasks = tasks
         self._lock = threading.Lock()
-        self._taken = 0
+        self._own = threading.local()
         self._fds: dict[str, int] = {}
         self._uses = Counter(each.entry.name for task in tasks for each in (task.chunk, *task.ahead))
         """Of the files, that are to come."""
 
-    def work(self) -> None:
-        """Do tasks until there are none left, or something is wrong."""
-        scratch = np.empty(CHUNK_BYTES, np.uint8).data  # memory is given to it as far as it is used
-        while (at := self._take()) is not None:
-            task = self._tasks[at]
-            try:
-                for chunk in task.ahead:
-                    with self._opened(chunk.entry) as fd:
-                        os.posix_fadvise(fd, chunk.begin, chunk.end - chunk.begin, os.POSIX_FADV_WILLNEED)
-                with self._opened(task.chunk.entry) as fd:
-                    self._read(fd, task.chunk, scratch)
-            except BaseException as error:
-                self.errors.append((at, error))
-                self.stopped = True
+    def do(self, task: _Task, stopped: Callable[[], bool]) -> None:
+        for chunk in task.ahead:
+            with self._opened(chunk.entry) as fd:
+                os.posix_fadvise(fd, chunk.begin, chunk.end - chunk.begin, os.POSIX_FADV_WILLNEED)
+        with self._opened(task.chunk.entry) as fd:
+            self._read(fd, task.chunk, stopped)
 
     def close(self) -> None:
         for fd in self._fds.values():
             os.close(fd)
-
-    def _take(self) -> int | None:
-        with self._lock:
-            if self.stopped or self._taken == len(self._tasks):
-                return None
-            self._taken += 1
-            return self._taken - 1
 
     @contextmanager
     def _opened(self, entry: FileEntry) -> Iterator[int]:
@@ -243,15 +206,22 @@ class _Reading:
                 os.close(fd)
         return kept
 
-    def _read(self, fd: int, chunk: _Chunk, scratch: memoryview) -> None:
+    def _scratch(self) -> memoryview:
+        """A chunk of memory of this thread, which is given to it as far as it is used."""
+        found: memoryview | None = getattr(self._own, "scratch", None)
+        if found is None:
+            found = self._own.scratch = np.empty(CHUNK_BYTES, np.uint8).data
+        return found
+
+    def _read(self, fd: int, chunk: _Chunk, stopped: Callable[[], bool]) -> None:
+        scratch = self._scratch()
         hasher = xxhash.xxh3_128()
         reached = chunk.begin
         for parts in _slices(chunk.buffers(scratch)):
-            if self.stopped:
+            if stopped():
                 return
             for part in parts:
-                if len(part) >= _FAULTS_BYTES:
-                    _map(part)
+                prefault.for_writing(part)
             length = sum(map(len, parts))
             count = read_chunk(fd, parts, reached)
             reached += count
@@ -268,9 +238,9 @@ class _Reading:
 
 
 def _slices(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
-    """The buffers in groups of at most `_SLICE_BYTES`; large ones are cut."""
+    """The buffers in groups of at most `SLICE_BYTES`; large ones are cut."""
     group: list[memoryview] = []
-    room = _SLICE_BYTES
+    room = SLICE_BYTES
     for buffer in buffers:
         while buffer:
             part, buffer = buffer[:room], buffer[room:]
@@ -278,19 +248,6 @@ def _slices(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
             room -= len(part)
             if not room:
                 yield group
-                group, room = [], _SLICE_BYTES
+                group, room = [], SLICE_BYTES
     if group:
         yield group
-
-
-_libc = ctypes.CDLL(None)
-
-
-def _map(memory: memoryview) -> None:
-    """Have the kernel map memory that has never been touched, all in one call: half the price of its page faults.
-
-    Memory in use does not change. Kernels before 5.14 do not know this, and fault later.
-    """
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    begin, end = start // PAGESIZE * PAGESIZE, start + len(memory)
-    _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_POPULATE_WRITE)

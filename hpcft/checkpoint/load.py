@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import orjson
 import torch
+from torch import Tensor
 
 from hpcft.checkpoint.boxes import Box
 from hpcft.checkpoint.files import ALONE, Peers, read_files
@@ -79,18 +80,22 @@ class SavedState:
         }
         return unflatten(FlatState(tensors, self.values))
 
-    def read(self, boxes: Mapping[str, Box] | None = None) -> FlatState:
+    def read(self, boxes: Mapping[str, Box] | None = None, places: Mapping[str, Tensor] | None = None) -> FlatState:
         """The state on the CPU: of tensors that are in `boxes` that part, the others whole. Errors as of `load`.
 
-        Without `boxes` every byte is verified; with them, every byte of the chunks that are read.
+        Without `boxes` every byte is verified; with them, every byte of the chunks that are read. What has a place in
+        `places` is read to there, and that tensor is the state's: contiguous, of its shape and type, on the CPU. After
+        an error, it may have been written.
         """
         boxes = boxes or {}
+        places = places or {}
         wanted = {
             name: box.region if (box := boxes.get(name)) is not None else ((0,) * len(tensor.shape), tensor.shape)
             for name, tensor in self.index.items()
         }
         tensors = {
-            name: torch.empty(wanted[name][1], dtype=DTYPES[tensor.dtype]) for name, tensor in self.index.items()
+            name: places[name] if name in places else torch.empty(wanted[name][1], dtype=DTYPES[tensor.dtype])
+            for name, tensor in self.index.items()
         }
         needs = [
             [

@@ -27,6 +27,9 @@ from hpcft.checkpoint.image import Placed
 from hpcft.checkpoint.pieces import DTYPE_BYTES
 from hpcft.checkpoint.share import raw
 
+_WITHOUT_LOCK_BYTES = 16 * 1024
+"""Copies of at least this size are numpy's, which lets other threads of Python run meanwhile."""
+
 
 @dataclass(frozen=True, slots=True)
 class Contiguous:
@@ -70,11 +73,17 @@ def put_chunk(needs: Iterable[Need], begin: int, data: memoryview) -> None:
     """Copies what is needed of these bytes, the source's from `begin` on, to where it belongs."""
     for need in needs:
         first, last = max(need.begin, begin), min(need.end, begin + len(data))
+        if first >= last:
+            continue
         part = data[first - begin : last - begin]
         if isinstance(need, Scattered):
             need.put(first, part)
         else:
-            need.memory[first - need.begin : last - need.begin] = part
+            target = need.memory[first - need.begin : last - need.begin]
+            if len(target) < _WITHOUT_LOCK_BYTES:
+                target[:] = part
+            else:
+                np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(part, np.uint8))
 
 
 def _slices(region: Region) -> tuple[slice, ...]:

@@ -13,21 +13,24 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import orjson
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor
 
-from hpcft import durable
+from hpcft import durable, prefault
 from hpcft.checkpoint.arena import content_of
+from hpcft.checkpoint.files import SLICE_BYTES
 from hpcft.checkpoint.load import SavedState
 from hpcft.checkpoint.needs import Need, put_chunk
 from hpcft.checkpoint.pieces import TensorShape, find_gap, index_digest
 from hpcft.checkpoint.share import raw
+from hpcft.checkpoint.turns import do_in_turn
 from hpcft.checkpoint.write import Plan
 from hpcft.durable import CHUNK_BYTES
 from hpcft.ids import Rank
@@ -49,13 +52,24 @@ class _Image:
     plan: Plan
     digests: Sequence[str]
     values: bytes
-    view: memoryview | None
+    memory: mmap.mmap | None
+
+    def edges(self, chunk: int) -> tuple[int, int]:
+        return chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, self.plan.size)
+
+    def within(self, chunk: int, needs: Iterable[Need]) -> list[Need]:
+        """What is needed of a chunk."""
+        begin, end = self.edges(chunk)
+        return [need for need in needs if need.begin < end and need.end > begin]
+
+    def changed(self) -> Forgotten:
+        return Forgotten(f"the copy of the former rank {self.plan.rank} has changed since it was sealed")
 
 
-def recall(link: Link, restore: Restore, rank: Rank) -> SavedState:
+def recall(link: Link, restore: Restore, rank: Rank, sharing: int = 1) -> SavedState:
     """The state that the agents hold, of which no tensor has been copied yet.
 
-    To be called on all ranks. Forgotten: it is not there, or not whole.
+    To be called on all ranks, of which `sharing` are on this node. Forgotten: it is not there, or not whole.
     """
     here = _local(link)
     images: dict[int, _Image] = {}
@@ -72,13 +86,14 @@ def recall(link: Link, restore: Restore, rank: Rank) -> SavedState:
     if plans != {index_digest(index)} or (gap := find_gap(pieces)):
         raise Forgotten(f"the copies in memory are not one state{'' if plans else f': {gap}'}")
     sources = {number: holder.source for holder in restore.memory for number in holder.ranks}
-    ordered = [(image, None if restore.local else sources[number]) for number, image in sorted(images.items())]
+    ordered = [images[number] for number in sorted(images)]
+    together = [(images[number], Rank(sources[number])) for number in sorted(images)]
     return SavedState(
         f"the copy of step {restore.step} in memory",
         index,
         orjson.loads(images[0].values)["state"],
-        tuple(image.plan.placed for image, _ in ordered),
-        partial(_take_all, ordered, rank),
+        tuple(image.plan.placed for image in ordered),
+        partial(_take_here, ordered, sharing) if restore.local else partial(_take_together, together, rank),
     )
 
 
@@ -108,9 +123,11 @@ def _local(link: Link) -> dict[int, _Image]:
 
 def _open(fds: Sequence[int]) -> _Image:
     plan = Plan.parse(content_of(fds[1]))
-    view = memoryview(mmap.mmap(fds[0], os.fstat(fds[0]).st_size, prot=mmap.PROT_READ))
+    memory = mmap.mmap(fds[0], os.fstat(fds[0]).st_size, prot=mmap.PROT_READ)
+    if memory.size() < plan.size:
+        raise ValueError("its memory is shorter than what should be in it")
     values = content_of(fds[3]) if len(fds) > 3 else b""
-    return _Image(plan, orjson.loads(content_of(fds[2])), values, view[: plan.size])
+    return _Image(plan, orjson.loads(content_of(fds[2])), values, memory)
 
 
 def _tell_all(mine: dict[int, _Image], source: Rank, rank: Rank) -> dict[int, _Image]:
@@ -134,32 +151,56 @@ def _tell_all(mine: dict[int, _Image], source: Rank, rank: Rank) -> dict[int, _I
     }
 
 
-def _take_all(
-    images: Sequence[tuple[_Image, Rank | None]], rank: Rank, needs: Sequence[Sequence[Need]], whole: bool
+def _take_here(images: Sequence[_Image], sharing: int, needs: Sequence[Sequence[Need]], whole: bool) -> None:
+    """Put what is needed of copies in this node's memory where it belongs, in threads."""
+    chunks = [
+        _Chunk(image, number, inside)
+        for image, needed in zip(images, needs, strict=True)
+        for number in range(len(image.digests))
+        if (inside := image.within(number, needed))
+    ]
+    do_in_turn(chunks, _copy, sharing)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    image: _Image
+    number: int
+    needs: Sequence[Need]
+
+
+def _copy(chunk: _Chunk, stopped: Callable[[], bool]) -> None:
+    """Digest and copy it a slice at a time, so that the copy finds it in the processor's cache."""
+    image = chunk.image
+    assert image.memory is not None
+    begin, end = image.edges(chunk.number)
+    prefault.for_reading(image.memory, begin, end)
+    view = memoryview(image.memory)
+    hasher = xxhash.xxh3_128()
+    for start in range(begin, end, SLICE_BYTES):
+        if stopped():
+            return
+        part = view[start : min(start + SLICE_BYTES, end)]
+        hasher.update(part)
+        put_chunk(chunk.needs, start, part)
+    if hasher.hexdigest() != image.digests[chunk.number]:
+        raise image.changed()
+
+
+def _take_together(
+    images: Sequence[tuple[_Image, Rank]], rank: Rank, needs: Sequence[Sequence[Need]], whole: bool
 ) -> None:
+    """The same of copies that are not all on this node, each chunk broadcast by the first rank of one that has it."""
     for (image, source), needed in zip(images, needs, strict=True):
-        _take(image, source, rank, needed)
-
-
-def _take(image: _Image, source: Rank | None, rank: Rank, needs: Sequence[Need]) -> None:
-    """Put what is needed of the copy where it belongs; from another node's memory if `source` says so."""
-    scratch = torch.empty(0, dtype=torch.uint8)
-    if source is not None:
         scratch = torch.empty(min(CHUNK_BYTES, image.plan.size), dtype=torch.uint8)
-    for chunk, expected in enumerate(image.digests):
-        begin = chunk * CHUNK_BYTES
-        end = min(begin + CHUNK_BYTES, image.plan.size)
-        inside = [need for need in needs if need.begin < end and need.end > begin]
-        part = image.view[begin:end] if image.view is not None else None
-        if source is not None:
-            received = _broadcast(scratch[: end - begin], part if rank == source else None, source)
-            part = part or received
-        elif not inside:
-            continue
-        assert part is not None
-        if durable.digest(part) != expected:
-            raise Forgotten(f"the copy of the former rank {image.plan.rank} has changed since it was sealed")
-        put_chunk(inside, begin, part)
+        for number, expected in enumerate(image.digests):
+            begin, end = image.edges(number)
+            own = None if image.memory is None else memoryview(image.memory)[begin:end]
+            received = _broadcast(scratch[: end - begin], own if rank == source else None, source)
+            part = received if own is None else own
+            if durable.digest(part) != expected:
+                raise image.changed()
+            put_chunk(image.within(number, needed), begin, part)
 
 
 def _broadcast(scratch: Tensor, own: memoryview | None, source: Rank) -> memoryview:

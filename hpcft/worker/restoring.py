@@ -1,7 +1,11 @@
 """From a checkpoint back into the user's objects, after making sure that it is theirs.
 
 Names and shapes are compared with the objects before anything is read, so that a state that does not fit is refused
-with the names of what differs. The bytes are verified while they are read, before any object is touched.
+with the names of what differs.
+
+A model's parameters and buffers are read to where they lie, since fresh memory costs several times what the copy into
+it does. So a checkpoint that turns out to be damaged leaves a model that is neither: its errors end the process, in
+`Run.restore`. Everything else is verified before any object is touched.
 
 A checkpoint has no shape of a world: tensors are whole there, whoever wrote them. Those that are DTensors in the
 objects come back as DTensors, for which a rank reads its own part alone; so do an optimizer's values for a parameter
@@ -16,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,7 +30,7 @@ from hpcft.checkpoint.load import SavedState
 from hpcft.checkpoint.pieces import TensorShape
 from hpcft.checkpoint.read import UnreadableError
 from hpcft.checkpoint.sharding import Layout, sharding_is_used
-from hpcft.checkpoint.tree import FlatState, flatten, unflatten
+from hpcft.checkpoint.tree import DTYPE_NAMES, FlatState, flatten, unflatten
 from hpcft.errors import DamagedError, HpcftError, UsageError
 from hpcft.ids import RunId, Step
 from hpcft.worker.saving import OWN, Stateful
@@ -62,7 +67,7 @@ def put_in(saved: SavedState, objects: Mapping[str, Stateful]) -> Step:
             what = f"{saved.name}: {name} ({type(each).__name__}) has another shape than when it was saved"
             _compare(what, outline[name], each.state_dict())
     boxes, layouts = _sharded(saved.index, objects)
-    state = unflatten(replace(saved.read(boxes), layouts=layouts))
+    state = unflatten(replace(saved.read(boxes, _places(saved.index, objects)), layouts=layouts))
     for name, each in objects.items():
         try:
             each.load_state_dict(state.pop(name))  # what a model has copied is freed before the next one's turn
@@ -103,6 +108,56 @@ def _sharded(
             pairs = ((value[0], value[1]) for value in values if value is not None and value[2] != "step")
             lay_out_like(flatten({str(number): each for number, each in enumerate(parameters)}), pairs)
     return boxes, layouts
+
+
+def _places(index: Mapping[str, TensorShape], objects: Mapping[str, Stateful]) -> dict[str, Tensor]:
+    """The tensors of models which a checkpoint's can be read into, as `load_state_dict` would copy them there.
+
+    Given such a tensor itself, `load_state_dict` has nothing to copy. Where a module's own code comes between the
+    names in a state and the tensors of the module, it gets a state of its own.
+    """
+    found: dict[str, Tensor] = {}
+    if torch.__future__.get_swap_module_params_on_conversion():  # it wants the only reference to what it is given
+        return found
+    for name, each in objects.items():
+        if not isinstance(each, nn.Module) or type(each).load_state_dict is not nn.Module.load_state_dict:
+            continue
+        modules = dict(each.named_modules(remove_duplicate=False))
+        if any(module._load_state_dict_pre_hooks for module in modules.values()):
+            continue
+        own_code = [path for path, module in modules.items() if _loads_its_own_way(module)]
+        state = each.state_dict()
+        for path, tensor in (
+            *each.named_parameters(remove_duplicate=False),
+            *each.named_buffers(remove_duplicate=False),
+        ):
+            saved, given = index.get(f"{name}.{path}"), state.get(path)
+            if saved is None or type(given) is not Tensor or any(_is_below(path, module) for module in own_code):
+                continue
+            plain = tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+            same = given.data_ptr() == tensor.data_ptr() and given.shape == tensor.shape and given.dtype == tensor.dtype
+            if plain and same and saved == TensorShape(DTYPE_NAMES.get(tensor.dtype, ""), tuple(tensor.shape)):
+                found[f"{name}.{path}"] = tensor
+    return _disjoint(found)
+
+
+def _loads_its_own_way(module: nn.Module) -> bool:
+    return type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+
+
+def _is_below(path: str, module: str) -> bool:
+    return not module or path.startswith(f"{module}.")
+
+
+def _disjoint(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without those that share memory with an earlier one, such as tied parameters: two threads would write there."""
+    found: dict[str, Tensor] = {}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.nbytes and tensor.data_ptr() >= end:
+            found[name] = tensor
+            end = tensor.data_ptr() + tensor.nbytes
+    return found
 
 
 def _compare(what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

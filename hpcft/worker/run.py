@@ -225,7 +225,9 @@ class Run:
         if restore is not None:
             try:
                 if restore.memory:
-                    self._step = put_in(recall(self._link, restore, self._spec.rank), found)
+                    self._step = put_in(
+                        recall(self._link, restore, self._spec.rank, self._spec.local_world_size), found
+                    )
                 else:
                     self._step = put_back(
                         restore.directory,

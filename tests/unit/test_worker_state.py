@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hpcft.checkpoint.commit import Facts, commit
+from hpcft.checkpoint.load import SavedState
 from hpcft.checkpoint.manifest import Metric, ShardReport
 from hpcft.checkpoint.read import read_manifest
 from hpcft.checkpoint.tree import StateError
@@ -179,6 +180,60 @@ def test_a_state_does_not_depend_on_wrappers(bench: Bench) -> None:
     plain = network()
     put_back(path, named({"model": plain}), bench.run)
     assert same(plain.state_dict(), model.state_dict())
+
+
+class Renamed(nn.Linear):
+    """Swaps two of its tensors on their way in, as a model may that was changed since."""
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        names = f"{prefix}weight", f"{prefix}bias"
+        state[names[0]], state[names[1]] = state[names[1]].reshape(1, -1), state[names[0]].reshape(-1)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+class Awkward(nn.Module):
+    """Tensors that cannot simply be read to where they are, beside one that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(3, 3)
+        self.normal = nn.BatchNorm1d(3)
+        self.tied = nn.Linear(3, 3, bias=False)
+        self.tied.weight = self.plain.weight
+        self.across = nn.Parameter(torch.rand(4, 5).T)
+        self.phase = nn.Parameter(torch.rand(3, dtype=torch.complex128))
+        self.empty = nn.Parameter(torch.rand(0, 3))
+        self.swapped = Renamed(3, 1, bias=True)
+        self.swapped.bias = nn.Parameter(torch.rand(3))
+        self.register_buffer("passing", torch.rand(2), persistent=False)
+        self.short = nn.Parameter(torch.rand(5).bfloat16())
+
+
+def test_a_model_is_read_to_where_it_lies_unless_its_own_code_comes_between(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Awkward()
+    path = bench.save(1, model=model)
+    places: set[str] = set()
+    read = SavedState.read
+    monkeypatch.setattr(
+        SavedState, "read", lambda saved, boxes, given: (places.update(given), read(saved, boxes, given))[1]
+    )
+    other = Awkward()
+    own = {name: tensor.data_ptr() for name, tensor in other.named_parameters()}
+    put_back(path, named({"model": other}), bench.run)
+    assert places == {"model.plain.weight", "model.plain.bias", "model.short"}
+    assert {name: tensor.data_ptr() for name, tensor in other.named_parameters()} == own
+    swapped = {"swapped.weight": model.swapped.bias[None], "swapped.bias": model.swapped.weight[0]}
+    assert same(other.state_dict(), {**model.state_dict(), **swapped})
+    assert other.plain.weight is other.tied.weight
+
+    places.clear()
+    hooked = Awkward()
+    hooked.register_load_state_dict_pre_hook(lambda _, state, *__: state.update({"short": state["short"] * 2}))
+    put_back(path, named({"model": hooked}), bench.run)
+    assert not places
+    assert torch.equal(hooked.short, model.short * 2)
 
 
 def test_parameters_are_shared_out_and_the_rest_is_rank_0s(tmp_path: Path) -> None:
