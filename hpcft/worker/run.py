@@ -14,8 +14,9 @@ Theory of operation
 `update` is where a step ends, and everything that concerns steps happens there, in this order: the batch is the one
 at the data position, or refused; the node's lease is checked (past it, this process ends without another step);
 parameters change; the data position moves; the step is published in the shared page; a checkpoint is made if it is
-due; the random state of the next step is set. All ranks pass through it with the same step numbers, so decisions made
-from the step alone need no communication.
+due; the random state of the next step is set. All ranks pass through it with the same step numbers, so they agree on
+what is due by the number of the step alone. What they ask one another (whether all have room for a copy) they ask at
+such steps, and no rank leaves that out because it has an order.
 
 A checkpoint is due every so many steps, or at the step that the leader names in its order, which reaches the ranks at
 different times. For whom that step is over already, the order does not exist. So a rank that is to stop does not end
@@ -413,11 +414,14 @@ class Run:
 
     def _plan_save(self) -> None:
         """Find the next step, this one included, at which something is due."""
+        self._due = min(*self._due_by_number(), _NEVER if self._order is None else self._order.save_at_step)
+
+    def _due_by_number(self) -> tuple[int, int]:
+        """The next step, this one included, with a save, and with a copy, whatever is ordered: on all ranks alike."""
         saving, spec = self._saving, self._spec
-        self._due = min(
+        return (
             _next(self._step, spec.save_every, (saving.last, saving.left_out)),
             _next(self._step, spec.copy_every, (saving.last, saving.left_out, saving.last_copy)),
-            _NEVER if self._order is None else self._order.save_at_step,
         )
 
     def _look_for_memory(self, step: int) -> None:
@@ -427,14 +431,18 @@ class Run:
         self._look_at = _NEVER if self._saving.prepared() else step + 1
 
     def _save_due(self) -> None:
-        step, every = self._step, self._spec.save_every
+        step, saving = Step(self._step), self._saving
         order = self._order if self._order is not None and self._order.save_at_step == step else None
-        if order is not None and not order.in_memory:
-            self._saving.save(Step(step), wait=True)  # not left out: the leader waits for it, and it may be the last
-        elif every and not step % every:
-            self._saving.save(Step(step))
+        ordered = order is not None and not order.in_memory
+        save, copy = self._due_by_number()
+        if step in (save, copy):
+            # A rank that is late has not seen the order, and is here all the same: what ranks agree on depends on
+            # nothing but the number of the step.
+            saving.due(step, durable=step == save, ordered=ordered)
+        elif ordered:
+            saving.save(step)
         else:
-            self._saving.copy(Step(step), all_at_once=order is None)
+            saving.copy(step)
         if order is not None:
             if order.stop_after_save:
                 self._hold()
@@ -463,7 +471,7 @@ class Run:
         restore = self._spec.restore
         if restore is not None and restore.memory and restore.step == self._step:
             self._saving.last = None  # where it came from may never have become durable
-        self._saving.save(Step(self._step), wait=True)
+        self._saving.save(Step(self._step))
         self._enter(Phase.DONE)
         self._link.say_returned(Step(self._step))
 

@@ -141,34 +141,52 @@ class Saving:
             )
         return answered
 
-    def save(self, step: Step, *, wait: bool = False) -> None:
-        """Save this rank's share of the state at `step`, and say so. Nothing is saved twice.
+    def save(self, step: Step) -> None:
+        """Save this rank's share of the state at `step`, and say so; not left out, even if it has to wait for memory.
 
-        The state must not change meanwhile. With `wait` it is not left out, even if memory has to become free first.
-        Never raises: a failure is reported, and training goes on.
+        The state must not change meanwhile. Nothing is saved twice. Never raises: a failure is reported, and training
+        goes on.
         """
         if self._spec.run_directory is None or self.last == step:
             return
         self._link.slot.set_phase(Phase.CHECKPOINT)
-        if not wait and self._arenas is not None and not self._all_have_room(self._arenas):
-            self.left_out = step
-            self._link.say_skipped(step, "the copies of earlier saves are still being written")
-            return
         self.last = step
         self._try(step, durable=True)
 
-    def copy(self, step: Step, *, all_at_once: bool) -> None:
+    def copy(self, step: Step) -> None:
         """Copy this rank's share into memory, where it stays: left out where there is no room. Never raises, as `save`.
 
-        `all_at_once`: all ranks call it for this step; else some may have come too late for it.
+        Other ranks may have come too late for this step.
         """
         if self._arenas is None or self._spec.run_directory is None or step in (self.last, self.last_copy):
             return
         self.last_copy = step
         self._link.slot.set_phase(Phase.CHECKPOINT)
-        room = self._arenas.has_slot()
-        if self._for_all(room) if all_at_once else room:
+        if self._arenas.has_slot():
             self._try(step, durable=False)
+
+    def due(self, step: Step, *, durable: bool, ordered: bool) -> None:
+        """Save (`durable`) or copy at a step where that is due by its number: all ranks are here, and take part.
+
+        Where there is no room on one of them, all leave it out. `ordered`: this rank has been told to save here, of
+        which others may not have heard: then all save, as `save` does. Never raises, as `save`.
+        """
+        if self._spec.run_directory is None:
+            return
+        self._link.slot.set_phase(Phase.CHECKPOINT)
+        room = True
+        if self._arenas is not None and not (durable and self._spec.waits):
+            room = self._arenas.has_room() if durable else self._arenas.has_slot()
+            room, ordered = self._agree(room, ordered)
+        if ordered or (durable and room):
+            self.save(step)
+        elif durable:
+            self.left_out = step
+            self._link.say_skipped(step, "the copies of earlier saves are still being written")
+        elif self._arenas is not None:
+            self.last_copy = step
+            if room:
+                self._try(step, durable=False)
 
     def _try(self, step: Step, *, durable: bool) -> None:
         try:
@@ -179,17 +197,14 @@ class Saving:
             traceback.print_exc()
             self._failed(step, f"{type(error).__name__}: {error}")
 
-    def _all_have_room(self, arenas: Arenas) -> bool:
-        """Whether no rank would have to wait."""
-        return self._spec.waits or self._for_all(arenas.has_room())
-
-    def _for_all(self, room: bool) -> bool:
-        """All ranks ask at the same step: with the copies of some of them, nobody could do anything."""
+    def _agree(self, room: bool, ordered: bool) -> tuple[bool, bool]:
+        """Whether all ranks have room, and whether one of them was told to save. They ask at the same step: with the
+        copies of some of them, nobody could do anything."""
         if self._spec.world_size > 1:
-            least = torch.tensor([int(room)])
-            dist.all_reduce(least, dist.ReduceOp.MIN)
-            room = bool(least.item())
-        return room
+            votes = torch.tensor([int(room), int(not ordered)])
+            dist.all_reduce(votes, dist.ReduceOp.MIN)
+            room, ordered = bool(votes[0]), not votes[1]
+        return room, ordered
 
     def _save(self, step: Step, durable: bool) -> None:
         began = time.monotonic()

@@ -216,6 +216,32 @@ def test_an_order_that_is_too_late_for_one_rank_costs_nothing(tmp_path: Path) ->
         assert not world.messages("exception")
 
 
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("due", ["every_steps", "copy_steps"])
+def test_an_order_for_a_step_that_is_due_anyway_may_come_too_late_for_some(
+    tmp_path: Path, due: str, stop: bool
+) -> None:
+    """Those who have not heard of it ask whether all have room; who has heard must answer, and they save with it."""
+    life = Life.begin(tmp_path / "run")
+    go = tmp_path / "go"
+    checkpoint = {"copies": True, due: 3}
+    with life.world(3, checkpoint=checkpoint, steps=6, at=[["update 3", 0, f"wait {go}"]]) as world:
+        slots = [world.page.slot(rank) for rank in range(3)]
+        world.until(
+            lambda: [slot.read().phase for slot in slots[1:]] == [Phase.CHECKPOINT] * 2, "two ranks that ask the third"
+        )
+        assert [slot.step for slot in slots] == [2, 3, 3]
+        world.page.order_word = Order(3, stop_after_save=stop).word
+        go.touch()
+        assert life.commit(world, 3).name == "step-00000003-g0001"
+        if stop:
+            world.page.order_word = Order(5, stop_after_save=True).word
+            assert life.commit(world, 5).name == "step-00000005-g0001"
+            world.page.order_word = LET_GO.word
+        assert world.finish() == [115 if stop else 0] * 3, world.output()
+        assert not world.messages("exception")
+
+
 def test_the_users_own_exception_is_told_from_its_echo(tmp_path: Path) -> None:
     life = Life.begin(tmp_path / "run")
     with life.world(3, at=[[3, 1, "swallow raise"], [6, 1, "raise"]]) as world:

@@ -54,7 +54,9 @@ class World:
                     break
                 if not packet:
                     break
-                said.append(orjson.loads(packet))
+                said.append(message := orjson.loads(packet))
+                if message["kind"] == "reserve":
+                    channel.send(orjson.dumps({"kind": "no_arenas", "reason": "there are none here"}))
 
     def until(self, true: Callable[[], object], what: str) -> None:
         deadline = time.monotonic() + SECONDS
@@ -103,6 +105,7 @@ class Life:
         *,
         restore: Path | None = None,
         every: int | None = None,
+        checkpoint: Mapping[str, Any] | None = None,
         program: Path = SMALL,
         timeout: float = 60.0,
         workers: int = 0,
@@ -145,7 +148,7 @@ class Life:
                         "step": int(restore.name.split("-")[1]), "directory": str(restore)
                     },
                     "seed": 11,
-                    "checkpoint": {"every_steps": every},
+                    "checkpoint": {"every_steps": every, **(checkpoint or {})},
                     "data": {"ledger": True, "workers": workers, "prefetch": 2},
                     "train": train,
                     "program": {"script": str(program)},

@@ -57,7 +57,7 @@ def work(directory: Path, generation: int, page: NodePage, channel: socket.socke
     while True:
         step += 1
         model.load_state_dict(state(step).state_dict())
-        saving.save(Step(step), wait=True)
+        saving.save(Step(step))
 
 
 async def lead(directory: Path, generation: int, page: NodePage, channel: socket.socket) -> None:

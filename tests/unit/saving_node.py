@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,8 @@ class SavingNode:
         saved = self._state(step)
         async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as tasks:
             for worker in self.workers:
-                tasks.create_task(asyncio.to_thread(worker.saving.save, Step(step), wait=wait))
+                save = worker.saving.save if wait else partial(worker.saving.due, durable=True, ordered=False)
+                tasks.create_task(asyncio.to_thread(save, Step(step)))
         return saved
 
     def _state(self, step: int) -> FlatState:
