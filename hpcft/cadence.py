@@ -95,6 +95,17 @@ def expected_loss(interval: float, cost: float, lag: float, rate: float) -> Loss
     return Loss(cost / max(interval, cost), rate * (interval / 2 + lag))
 
 
+class Because(NamedTuple):
+    """The reasons of a plan one by one, a sentence each; empty: there is nothing to say."""
+
+    interval: str
+    formula: str
+    cost: str
+    failures: str
+    prior: str
+    expected: str
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How often is saved, and why. Seconds; None: not known yet."""
@@ -118,7 +129,22 @@ class Plan:
     """Expected share of the time that saves take,"""
     repeating: float | None
     """and that training spends on steps which a failure had undone."""
-    reason: str
+    mtbf: float
+    """Between failures, as was expected before any was seen."""
+    best: float | None
+    """The interval that is expected to lose the least time, whatever bounds or configures the one that is kept to."""
+    bound: str = ""
+    """What keeps `interval` from being that, where it goes by what was measured."""
+
+    @property
+    def reason(self) -> str:
+        """All of it in one sentence."""
+        return _sentence(self)
+
+    @property
+    def because(self) -> Because:
+        """The same one by one, with the formula."""
+        return _because(self)
 
     @property
     def loss(self) -> float | None:
@@ -142,10 +168,22 @@ def plan(rules: SaveRules, world: World, now: float) -> Plan:
     saving = repeating = None
     if interval is not None and cost is not None and lag is not None:
         saving, repeating = expected_loss(interval, cost, lag, rate)
-    reckoned = Plan(
-        rules.every, interval, cost, lag, len(world.saves), failures, trained, rate, saving, repeating, reason=""
+    best = None if cost is None else best_interval(cost, 1 / rate)
+    return Plan(
+        rules.every,
+        interval,
+        cost,
+        lag,
+        len(world.saves),
+        failures,
+        trained,
+        rate,
+        saving,
+        repeating,
+        rules.mtbf,
+        best,
+        bound,
     )
-    return replace(reckoned, reason=_sentence(reckoned, rules, bound))
 
 
 def _interval(
@@ -174,27 +212,71 @@ def _interval(
     return interval, bound
 
 
-def _sentence(plan: Plan, rules: SaveRules, bound: str) -> str:
-    auto = isinstance(plan.every, Auto)
-    how_often = f"every {human_duration(plan.interval)}" if auto and plan.interval else cadence_text(plan.every)
+def _how_often(plan: Plan) -> str:
     if isinstance(plan.every, Never):
         return "no checkpoint is made before the end, as configured"
-    if not auto:
-        how_often = f"every {how_often}, as configured"
+    if not isinstance(plan.every, Auto):
+        return f"every {cadence_text(plan.every)}, as configured"
+    return f"every {human_duration(plan.interval)}{plan.bound}" if plan.interval else cadence_text(plan.every)
+
+
+def _costs(plan: Plan) -> str:
     if plan.cost is None or plan.lag is None:
-        first = ": the first one shows it" if auto else ""
-        return f"{how_often}; what a save costs has not been measured yet{first}"
-    seen = f"{counted(plan.failures, 'failure')} in {human_duration(plan.trained)} of training"
-    numbers = (
-        f"a save stops training for {human_duration(plan.cost)} and is durable after {human_duration(plan.lag)} "
-        f"(median of {plan.saves}); {seen}, and one in {human_duration(rules.mtbf)} expected beforehand, make one in "
-        f"{human_duration(1 / plan.rate)}"
-    )
-    if plan.loss is None or plan.saving is None or plan.repeating is None:
-        return f"{how_often}: {numbers}"
+        first = ": the first one shows it" if isinstance(plan.every, Auto) else ""
+        return f"what a save costs has not been measured yet{first}"
     return (
-        f"{how_often}{bound}: {numbers}; so {_share(plan.loss)} of the time is expected to be lost, "
-        f"{_share(plan.saving)} saving and {_share(plan.repeating)} repeating steps"
+        f"a save stops training for {human_duration(plan.cost)} and is durable after {human_duration(plan.lag)} "
+        f"(median of {plan.saves})"
+    )
+
+
+def _failures(plan: Plan) -> str:
+    return f"{counted(plan.failures, 'failure')} in {human_duration(plan.trained)} of training"
+
+
+def _prior(plan: Plan) -> str:
+    return f"one in {human_duration(plan.mtbf)} expected beforehand"
+
+
+def _posterior(plan: Plan) -> str:
+    return f"make one in {human_duration(1 / plan.rate)}"
+
+
+def _expected(plan: Plan) -> str:
+    if plan.loss is None or plan.saving is None or plan.repeating is None:
+        return ""
+    return (
+        f"{_share(plan.loss)} of the time is expected to be lost, {_share(plan.saving)} saving and "
+        f"{_share(plan.repeating)} repeating steps"
+    )
+
+
+def _sentence(plan: Plan) -> str:
+    how_often = _how_often(plan)
+    if isinstance(plan.every, Never):
+        return how_often
+    if plan.cost is None or plan.lag is None:
+        return f"{how_often}; {_costs(plan)}"
+    expected = _expected(plan)
+    numbers = f"{_costs(plan)}; {_failures(plan)}, and {_prior(plan)}, {_posterior(plan)}"
+    return f"{how_often}: {numbers}" + (f"; so {expected}" if expected else "")
+
+
+def _because(plan: Plan) -> Because:
+    formula = "Young's formula, in Daly's higher order, waits for what a save costs"
+    if plan.cost is not None and plan.best is not None:
+        formula = (
+            f"Young's formula, √(2 · {human_duration(plan.cost)} · {human_duration(1 / plan.rate)}) for what a save "
+            "costs and the time between failures, in Daly's higher order: every "
+            f"{human_duration(plan.best)} would lose the least time"
+        )
+    return Because(
+        interval=_how_often(plan),
+        formula=formula,
+        cost=_costs(plan),
+        failures=_failures(plan),
+        prior=f"{_prior(plan)} (checkpoint.mtbf); this and what was seen {_posterior(plan)}",
+        expected=_expected(plan),
     )
 
 

@@ -198,7 +198,7 @@ def status_command(run: str | None, root: Path, as_json: bool, watch: bool) -> i
 
     found = find(root, run)
     while True:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
+        width = _width()
         snapshot = status.read(found)
         if as_json:
             click.echo(json.dumps(snapshot, ensure_ascii=False)) if watch else print_json(snapshot)
@@ -209,6 +209,25 @@ def status_command(run: str | None, root: Path, as_json: bool, watch: bool) -> i
         if not watch or snapshot.get("verdict") is not None:
             return ExitCode.OK
         time.sleep(1)
+
+
+@cli.command("explain")
+@with_options(run_argument, root_option, json_option)
+@click.option("--last", type=click.IntRange(min=0), metavar="N", help="Only the last so many matters; default: all.")
+def explain_command(run: str | None, root: Path, as_json: bool, last: int | None) -> int:
+    """Why the run did what it did.
+
+    Each matter that something was decided about, the newest last: what was seen, what was decided and why, from which
+    state the run went on, and what it cost; then how often is saved, and by which numbers. It is read from the run's
+    journal, also when nothing of the run lives any more. The JSON follows docs/explain.schema.json.
+    """
+    from hpcft import explanation
+
+    history = explanation.read(find(root, run))
+    if last is not None:
+        history = history.last(last)
+    print_json(history.as_dict()) if as_json else click.echo(history.text(_width()))
+    return ExitCode.OK
 
 
 @cli.command("logs")
@@ -315,6 +334,11 @@ def stop_command(run: str | None, root: Path, as_json: bool) -> int:
     answer = operators.stop(find(root, run))
     print_json({"answer": answer}) if as_json else click.echo(answer)
     return ExitCode.OK
+
+
+def _width() -> int:
+    """Columns of the terminal, if it is one."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
 
 
 # --- the surroundings ------------------------------------------------------------------------------------------

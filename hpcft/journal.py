@@ -27,7 +27,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,11 +97,48 @@ def replay(directory: Path, see: Callable[[float, Event], None] = lambda at, eve
         DamagedError: a line inside the lineage is not what was written; the message names file and line.
         OSError: the file system does not give a journal out; another try, or another node, may have more luck.
     """
+    world, clock, length, written = World(), 0.0, 0, None
+    branches: set[str] = set()
+    head: str | None = None
+    for path, end in _lineage(directory):
+        data = _lines(path, end)
+        head, length = path.name, len(data)
+        for number, record in _records(path, data):
+            clock, written, event = record.at, record.wall, record.event
+            try:
+                world = apply(world, event, clock)
+                see(clock, event)
+            except (ValueError, KeyError, TypeError) as error:
+                raise _damaged(path, number, error) from error
+            if isinstance(event, CheckpointsFound) and event.branch:
+                branches.add(event.branch)
+    return Replayed(world, clock, head, length, written, frozenset(branches))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An event, and when the leader saw it."""
+
+    at: float
+    """On the run clock, in seconds."""
+    wall: datetime
+    """By the leader's clock, UTC."""
+    event: Event
+
+
+def records(directory: Path) -> Iterator[Record]:
+    """The events of the newest lineage, in the order in which they were seen. Raises as `replay`."""
+    for path, end in _lineage(directory):
+        for _, record in _records(path, _lines(path, end)):
+            yield record
+
+
+def _lineage(directory: Path) -> list[tuple[Path, int | None]]:
+    """The journals that count, the first one first, and how many bytes of each do; None: all whole lines."""
     chain: list[tuple[Path, int | None]] = []
     paths = sorted(directory.glob("term-*.jsonl"))
-    head = next((path for path in reversed(paths) if _opening(path) is not None), None)
+    current = next((path for path in reversed(paths) if _opening(path) is not None), None)
     limit: int | None = None
-    current = head
     while current is not None:
         chain.append((current, limit))
         opening = _opening(current)
@@ -109,24 +146,24 @@ def replay(directory: Path, see: Callable[[float, Event], None] = lambda at, eve
             break
         limit = opening.replayed
         current = directory / opening.predecessor
-    world, clock, length, written = World(), 0.0, 0, None
-    branches: set[str] = set()
-    for path, end in reversed(chain):
-        data = path.read_bytes()
-        data = data[: data.rfind(b"\n") + 1] if end is None else data[:end]
-        length = len(data)
-        for number, line in enumerate(data.splitlines()[1:], start=2):
-            try:
-                record = orjson.loads(line)
-                clock, written = float(record["at"]), datetime.fromisoformat(record["wall"]).astimezone(UTC)
-                event = wire.decode_event(record["event"])
-                world = apply(world, event, clock)
-                see(clock, event)
-            except (ValueError, KeyError, TypeError) as error:
-                raise _damaged(path, number, error) from error
-            if isinstance(event, CheckpointsFound) and event.branch:
-                branches.add(event.branch)
-    return Replayed(world, clock, head.name if head else None, length, written, frozenset(branches))
+    return chain[::-1]
+
+
+def _lines(path: Path, end: int | None) -> bytes:
+    data = path.read_bytes()
+    return data[: data.rfind(b"\n") + 1] if end is None else data[:end]
+
+
+def _records(path: Path, data: bytes) -> Iterator[tuple[int, Record]]:
+    """With the number of each line; the first one is no record."""
+    for number, line in enumerate(data.splitlines()[1:], start=2):
+        try:
+            record = orjson.loads(line)
+            at, wall = float(record["at"]), datetime.fromisoformat(record["wall"]).astimezone(UTC)
+            event = wire.decode_event(record["event"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, number, error) from error
+        yield number, Record(at, wall, event)
 
 
 @dataclass(frozen=True, slots=True)

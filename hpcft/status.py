@@ -16,7 +16,7 @@ import orjson
 
 from hpcft.cadence import plan, step_seconds
 from hpcft.errors import UnusableError
-from hpcft.events import Member, WorkerReport
+from hpcft.events import Formation, Member, Verdict, WorkerReport
 from hpcft.ids import Rank
 from hpcft.policy import Rules, silence
 from hpcft.rundir import STATUS_FRESH_SECONDS, RunDirectory
@@ -54,13 +54,7 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
         "steps_per_second": None if seconds is None else 1 / seconds,
         "tokens_per_second": _tokens_per_second(reported.values(), sum(each.workers for each in members), seconds),
         "world_size": formation.world_size if formation is not None else 0,
-        "restored": None
-        if formation is None or formation.restore is None
-        else {
-            "step": formation.restore.step,
-            "generation": formation.restore.generation,
-            "memory": bool(formation.memory),
-        },
+        "restored": None if formation is None else restored(formation),
         "plain_command": not rules.saves,
         "nodes": [_node(node, _member(members, node), world, rules, now) for node in world.nodes],
         "workers": [
@@ -78,7 +72,7 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
             for member in members
             for rank in member.ranks()
         ],
-        "incidents": [_incident(incident) for incident in world.incidents],
+        "incidents": [incident_as_dict(incident) for incident in world.incidents],
         "checkpoints": [{"step": each.step, "generation": each.generation} for each in world.checkpoints],
         "saving": _saving(world),
         "cadence": _cadence(world, rules, now) if rules.saves else None,
@@ -98,14 +92,20 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
         ],
         "mirror": None,
         "warnings": list(_warnings(world)),
-        "verdict": None
-        if world.verdict is None
-        else {
-            "outcome": world.verdict.outcome.value,
-            "exit_code": world.verdict.exit_code,
-            "reason": world.verdict.reason,
-        },
+        "verdict": None if world.verdict is None else verdict_as_dict(world.verdict),
     }
+
+
+def restored(formation: Formation) -> dict[str, Any] | None:
+    """The state that a generation starts from; None: from the beginning."""
+    if formation.restore is None:
+        return None
+    step, generation = formation.restore.step, formation.restore.generation
+    return {"step": step, "generation": generation, "memory": bool(formation.memory)}
+
+
+def verdict_as_dict(verdict: Verdict) -> dict[str, Any]:
+    return {"outcome": verdict.outcome.value, "exit_code": verdict.exit_code, "reason": verdict.reason}
 
 
 def _cadence(world: World, rules: Rules, now: float) -> dict[str, Any]:
@@ -120,7 +120,10 @@ def _cadence(world: World, rules: Rules, now: float) -> dict[str, Any]:
         "trained_seconds": reckoned.trained,
         "failures_per_hour": reckoned.rate * 3600,
         "expected_loss": reckoned.loss,
+        "expected_mtbf_seconds": reckoned.mtbf,
+        "best_interval_seconds": reckoned.best,
         "reason": reckoned.reason,
+        "because": reckoned.because._asdict(),
     }
 
 
@@ -206,7 +209,7 @@ def _node(node: Node, member: Member | None, world: World, rules: Rules, now: fl
     }
 
 
-def _incident(incident: Incident) -> dict[str, Any]:
+def incident_as_dict(incident: Incident) -> dict[str, Any]:
     return {
         "number": incident.number,
         "cause": incident.cause,
@@ -260,20 +263,26 @@ def render(status: Mapping[str, Any], width: int = 100) -> str:
     return "\n".join(line[:width].rstrip() for line in _lines(status, width))
 
 
-def _wrapped(text: str, width: int, indent: int, hang: int = 0) -> list[str]:
+def wrapped(text: str, width: int, indent: int, hang: int = 0) -> list[str]:
+    """Lines of a text for a screen; all but the first begin `hang` further to the right."""
     first, rest = " " * indent, " " * (indent + hang)
     return textwrap.wrap(text, max(width, 40), initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
-def _lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
+def headline(status: Mapping[str, Any]) -> str:
+    """The run and its state."""
     name = status.get("name", status["run"])
-    yield f"{name}: {status['state']}" + ("" if status.get("live", True) else _silence_of(status))
+    return f"{name}: {status['state']}" + ("" if status.get("live", True) else _silence_of(status))
+
+
+def _lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
+    yield headline(status)
     if status["state"] == "not started":
         return
     if status["reason"]:
-        yield from _wrapped(status["reason"], width, 2)
+        yield from wrapped(status["reason"], width, 2)
     for warning in status["warnings"]:
-        yield from _wrapped(f"warning: {warning}", width, 2)
+        yield from wrapped(f"warning: {warning}", width, 2)
     yield ""
     plain = status.get("plain_command", False)  # of its steps, and what it saves, nothing is known
     if not plain:
@@ -305,7 +314,7 @@ def cadence_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
     """How often is saved, and why; nothing for a plain command, and where an earlier version's file does not say it."""
     cadence = status.get("cadence")
     if cadence is not None:
-        first, *rest = _wrapped(cadence["reason"], width, 14)
+        first, *rest = wrapped(cadence["reason"], width, 14)
         yield f"  saves       {first.lstrip()}"
         yield from rest
 
@@ -407,20 +416,26 @@ def _incident_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
     earlier = len(status["incidents"]) - _SHOWN_INCIDENTS
     yield "  INCIDENTS" + (f" ({earlier} earlier: hpcft status --json)" if earlier > 0 else "")
     for incident in status["incidents"][-_SHOWN_INCIDENTS:]:
-        down = incident["downtime_seconds"]
-        lost = incident["steps_lost"]
-        if down is None:
-            after = "not over yet" if status["verdict"] is None else "not recovered"
-        elif not down and not lost:
-            after = "training went on"
-        else:
-            after = f"{down:.2f} s down" + (f", {counted(lost, 'step')} lost" if lost is not None else "")
-        times = incident.get("times", 1)
-        if times > 1:
-            after = f"{times} times, the latest; {after}"
-        what = f"#{incident['number']} {incident['cause']}: {incident['culprit']} ({after})"
-        yield from _wrapped(what, width, 2, hang=3)
+        cost = cost_of(incident, ended=status["verdict"] is not None)
+        yield from wrapped(f"{title_of(incident)} ({cost})", width, 2, hang=3)
         if incident["reason"]:
-            yield from _wrapped(incident["reason"], width, 5)
+            yield from wrapped(incident["reason"], width, 5)
         if status.get("plain_command") and incident["last_output"]:  # nobody else says what went wrong
             yield f"     its last line: {incident['last_output'][-1]}"
+
+
+def title_of(incident: Mapping[str, Any]) -> str:
+    return f"#{incident['number']} {incident['cause']}: {incident['culprit']}"
+
+
+def cost_of(incident: Mapping[str, Any], *, ended: bool) -> str:
+    """In time and steps; `ended`: nothing can come after it any more."""
+    down, lost = incident["downtime_seconds"], incident["steps_lost"]
+    if down is None:
+        cost = "not recovered" if ended else "not over yet"
+    elif not down and not lost:
+        cost = "training went on"
+    else:
+        cost = f"{down:.2f} s down" + (f", {counted(lost, 'step')} lost" if lost is not None else "")
+    times = incident.get("times", 1)  # an earlier version's file does not say it
+    return f"{times} times, the latest; {cost}" if times > 1 else cost

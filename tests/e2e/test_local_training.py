@@ -165,6 +165,12 @@ def test_other_ways_to_die_and_two_in_a_row(tmp_path: Path, undisturbed: Any) ->
     assert "SIGKILL" in culprits[2] and "SystemExit: 3" in culprits[3]
     budget = {each["cause"]: each["used"] for each in status["budget"]}
     assert budget == {"infrastructure": 3, "user code": 2, "preemption": 0}
+    told = json.loads(command("explain", run.directory, "--json").stdout)["paragraphs"]
+    assert [each["kind"] for each in told] == ["start", *["failure"] * 4, "end"]
+    # but for milliseconds, to which the journal rounds
+    assert incidents({"incidents": [each["incident"] for each in told[1:5]]}) == incidents(status)
+    assert [len([d for d in each["decisions"] if "propose" in d["actions"]]) for each in told] == [1, 1, 1, 2, 1, 0]
+    assert told[-1]["verdict"] == status["verdict"] and told[-1]["steps"] == STEPS
 
 
 @pytest.fixture

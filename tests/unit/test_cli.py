@@ -31,7 +31,7 @@ from hpcft.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
-    ("run",), ("submit",), ("agent",), ("wait",), ("status",), ("logs",), ("ledger",),
+    ("run",), ("submit",), ("agent",), ("wait",), ("status",), ("explain",), ("logs",), ("ledger",),
     ("ckpt", "ls"), ("ckpt", "show"), ("ckpt", "verify"), ("ckpt", "diff"), ("ckpt", "pin"), ("ckpt", "unpin"),
     ("ckpt", "prune"), ("ckpt", "export"), ("mirror", "ls"), ("mirror", "push"), ("mirror", "pull"),
     ("stop",), ("doctor",), ("bench", "checkpoint-frequency"), ("completion",),
