@@ -398,6 +398,17 @@ class SnapshotTaken:
     """Of each rank's copy."""
     replicas: tuple[tuple[Rank, Rank, str], ...] = ()
     """What a rank holds of what another one copied: the first rank's word on the second one's share."""
+    blocked: float = 0.0
+    """For how many seconds training stood still: the longest of the ranks' own words. 0: these copies are written as
+    well, and their commit says it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopiesMeasured:
+    """All nodes have copies of these steps that are not written: for how many seconds each stopped training."""
+
+    generation: Generation
+    copies: tuple[tuple[Step, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -653,6 +664,7 @@ Event: TypeAlias = (
     | WorkerReturned
     | WorkerStopped
     | SnapshotTaken
+    | CopiesMeasured
     | CopiesKept
     | CopiesAlone
     | SnapshotDoubtful

@@ -41,6 +41,8 @@ class Held:
     holders: Mapping[NodeId, tuple[Holder, ...]]
     """Of each of them: who has its copies now, itself first."""
     safe: bool
+    blocked: float = 0.0
+    """For how many seconds the copies stopped training, if that was said."""
 
     def lost(self, holder: Holder) -> Held | None:
         """Without what this agent has. None: of some share nobody has a copy any more."""
@@ -71,6 +73,8 @@ class Holdings:
     """Of the same steps: whose copies a neighbour has, and which one; None: it could not take them."""
     whole: tuple[Held, ...] = ()
     """What could be started from, oldest first: the newest that is safe, and newer ones."""
+    blocked: Mapping[Step, float] = field(default_factory=dict)
+    """Of the same steps: for how long their copies stopped training, as far as it was said."""
     words: tuple[SnapshotTaken, ...] = ()
     """What was said of the newest step."""
     digests: Mapping[Rank, str] = field(default_factory=dict)
@@ -98,14 +102,18 @@ class Holdings:
     def took(self, event: SnapshotTaken, formation: Formation) -> Holdings:
         nodes = {**self.taken.get(event.step, {}), event.node: event.in_memory}
         taken = {**self.taken, event.step: nodes}
-        known = replace(self, taken={step: taken[step] for step in sorted(taken)[-KNOWN:]})._listen(event, formation)
+        blocked = {**self.blocked, event.step: max(event.blocked, self.blocked.get(event.step, 0.0))}
+        steps = sorted(taken)[-KNOWN:]
+        known = replace(
+            self, taken={step: taken[step] for step in steps}, blocked={step: blocked[step] for step in steps}
+        )._listen(event, formation)
         if not all(nodes.get(member.node) for member in formation.members):
             return known
         snapshot = CheckpointRef(event.step, formation.generation)
         if self.held is not None and _order(self.held.snapshot) >= _order(snapshot):
             return known
         holders = {member.node: ((member.node, member.incarnation),) for member in formation.members}
-        held = Held(snapshot, formation.members, holders, safe=False)
+        held = Held(snapshot, formation.members, holders, safe=False, blocked=blocked[event.step])
         return replace(known, whole=(*known.whole, held))._settle(formation)
 
     def kept(self, event: CopiesKept | CopiesAlone, formation: Formation) -> Holdings:

@@ -40,6 +40,7 @@ from hpcft.events import (
     CheckpointsFound,
     CopiesAlone,
     CopiesKept,
+    CopiesMeasured,
     Event,
     NodeHeard,
     NodeReported,
@@ -60,6 +61,8 @@ PROGRESS_LINES_PER_SECOND = 1.0
 """a thousand nodes for a day would else be 17 million lines, which the next leader has to read before it can lead."""
 EARLY_PROGRESS = 3
 """So many reports of a node in a new generation are written as they come: they say when an incident was over."""
+MEASURED_COPIES = 256
+"""So many copies in memory are put into one line at most."""
 UNSYNCED_BYTES = 1 << 20
 """More than this is synced without being asked for: it is kept in memory until then."""
 BACKLOG_BYTES = 64 << 20
@@ -213,6 +216,7 @@ class Journal:
         self._held: dict[NodeId, tuple[float, Progressed]] = {}
         self._early: dict[NodeId, tuple[Generation, int]] = {}
         self._progress_at = float("-inf")
+        self._measured: tuple[float, CopiesMeasured] | None = None
         self._thread.start()
 
     @property
@@ -221,9 +225,18 @@ class Journal:
         return self._pen.path
 
     def append(self, event: Event, at: float) -> None:
-        """Queue the event. Of each node's progress only the latest is kept until something else happens, or for a
-        while: every decision is replayed on the steps on which it was made."""
+        """Queue the event.
+
+        Of each node's progress only the latest is kept until something else happens, or for a while: every decision is
+        replayed on the steps on which it was made. For as long is gathered what copies in memory took.
+        """
         if not is_journaled(event):
+            return
+        if isinstance(event, CopiesMeasured):
+            earlier = self._measured[1].copies if self._measured is not None else ()
+            self._measured = at, CopiesMeasured(event.generation, (*earlier, *event.copies))
+            if len(self._measured[1].copies) >= MEASURED_COPIES:
+                self._write_held()
             return
         if isinstance(event, Progressed):
             self._held[event.node] = (at, event)
@@ -243,6 +256,10 @@ class Journal:
         for at, event in sorted(self._held.values(), key=lambda held: held[0]):
             self._put(event, at)
         self._held.clear()
+        if self._measured is not None:
+            at, measured = self._measured
+            self._measured = None
+            self._put(measured, at)
 
     def _put(self, event: Event, at: float) -> None:
         record = {

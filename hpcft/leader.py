@@ -39,6 +39,7 @@ from hpcft.events import (
     Confirm,
     CopiesAlone,
     CopiesKept,
+    CopiesMeasured,
     End,
     Event,
     Evict,
@@ -96,7 +97,9 @@ SILENT_SLACK_SECONDS = 60.0
 """What the run clock makes up for beyond a leader's usual silence in its journal: for slow steps, and a late disk."""
 
 
-PLENTIFUL = NodeHeard | NodeReported | Progressed | SnapshotTaken | CopiesKept | CopiesAlone | SnapshotDropped
+PLENTIFUL = (
+    NodeHeard | NodeReported | Progressed | SnapshotTaken | CopiesMeasured | CopiesKept | CopiesAlone | SnapshotDropped
+)
 """A thousand nodes say these some thousand times a second."""
 
 
@@ -277,6 +280,9 @@ class Leader:
         news = safe is not None and (known is None or known.snapshot != safe.snapshot)
         if news and safe is not None and safe.snapshot.generation == generation:
             self._broadcast(Keep(term, generation, safe.snapshot.step))
+        held, former = self.world.holdings.held, before.holdings.held
+        if held is not None and held.blocked and (former is None or former.snapshot != held.snapshot):
+            self.feed(CopiesMeasured(held.snapshot.generation, ((held.snapshot.step, round(held.blocked, 6)),)))
         doubt, earlier = self.world.holdings.doubt, before.holdings.doubt
         if doubt is not None and (earlier is None or earlier.reason != doubt.reason):
             log.warning("the copies of step %d are doubtful: %s", doubt.step, doubt.reason)

@@ -446,7 +446,8 @@ class Snapshots:
         made = sorted((copy for copy in copies if copy.step == step), key=lambda copy: copy.rank)
         compared = tuple((copy.rank, *copy.message["replica"]) for copy in made if copy.message.get("replica"))
         digests = tuple((copy.rank, copy.digest) for copy in made)
-        self._speak(SnapshotTaken(self._node, formation.generation, step, in_memory, digests, compared))
+        blocked = max((copy.message["blocked"] for copy in made if not copy.message["durable"]), default=0.0)
+        self._speak(SnapshotTaken(self._node, formation.generation, step, in_memory, digests, compared, blocked))
 
     def _speak(self, event: Event) -> None:
         self._spoken = [*self._spoken, event][-REMEMBERED:]

@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 import orjson
@@ -160,6 +161,7 @@ def _saving(world: World) -> dict[str, Any]:
             for save in report.saves
         ],
         "memory_bytes": {report.node: report.reserved for report in world.reports},
+        "copy_blocked_seconds": median(world.copies) if world.copies else None,
         "skipped": world.skipped,
         "last_skipped": None if skipped is None else {"step": skipped[0], "reason": skipped[1]},
     }
@@ -344,6 +346,8 @@ def _saves(status: Mapping[str, Any]) -> str:
         parts.append(f"{saving['skipped']} left out: earlier ones were still being written")
     if memory := max(saving["memory_bytes"].values(), default=0):
         parts.append(f"{human_size(memory)} of memory on a node")
+    if copying := saving.get("copy_blocked_seconds"):
+        parts.append(f"a copy in memory stops training for {human_duration(copying)}")
     return "".join(f"; {part}" for part in parts)
 
 

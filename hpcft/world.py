@@ -40,6 +40,7 @@ from hpcft.events import (
     Conclude,
     CopiesAlone,
     CopiesKept,
+    CopiesMeasured,
     Decided,
     Event,
     Evict,
@@ -315,6 +316,8 @@ class World:
     """The newest that was read back after its commit, and found to be what was written."""
     saves: tuple[Save, ...] = ()
     """Of the latest saves that were measured, the newest last."""
+    copies: tuple[float, ...] = ()
+    """For how many seconds the latest copies that are not written stopped training."""
     asked: CheckpointRef | None = None
     """The checkpoint that an operator named to start from."""
     incidents: tuple[Incident, ...] = ()
@@ -487,6 +490,9 @@ def apply(world: World, event: Event, now: float) -> World:
             if world.formation is None or world.formation.generation != event.generation:
                 return world
             return replace(world, holdings=world.holdings.kept(event, world.formation))
+        case CopiesMeasured():
+            latest = (*world.copies, *(blocked for _, blocked in event.copies))
+            return replace(world, copies=latest[-LATEST_SAVES:])
         case SnapshotDoubtful():
             if not _current(world, event.generation):
                 return world
@@ -549,6 +555,7 @@ def _begin_term(world: World, event: TermBegan, now: float) -> World:
         saved=world.saved,
         verified=world.verified,
         saves=world.saves,
+        copies=world.copies,
         incidents=world.incidents,
         spent=() if anew and gave_up else world.spent,
         strikes=world.strikes,

@@ -18,6 +18,7 @@ from hpcft.events import (
     CheckpointCommitted,
     CheckpointFailed,
     CheckpointSkipped,
+    CopiesMeasured,
     Event,
     Progressed,
     WorkerFailed,
@@ -176,6 +177,8 @@ class _History:
     progress: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     """By node."""
     commits: list[CheckpointCommitted] = field(default_factory=list)
+    copies: list[tuple[int, float]] = field(default_factory=list)
+    """That were not written: step, and for how long it stopped training."""
     left_out: int = 0
     failed: int = 0
 
@@ -189,6 +192,8 @@ class _History:
                 self.over = True
             case CheckpointCommitted() if event.checkpoint.generation == self.generation and not self.over:
                 self.commits.append(event)
+            case CopiesMeasured() if event.generation == self.generation and not self.over:
+                self.copies += event.copies
             case CheckpointSkipped() if event.generation == self.generation:
                 self.left_out += 1
             case CheckpointFailed() if event.generation == self.generation:
@@ -199,7 +204,7 @@ def figures(trial: Trial, directory: Path) -> Figures:
     """What the journal in `directory` says of the trial.
 
     Steps are looked at from the second one to the last that was completed before the worker was killed (or the run was
-    ended); saves, of those that came of the cadence.
+    ended); saves, of those that came of the cadence; copies that are not written, of those that all nodes have made.
 
     Raises:
         UnusableError: there are not two steps to look at.
@@ -214,20 +219,28 @@ def figures(trial: Trial, directory: Path) -> Figures:
         )
     (began, first), (until, last) = seen[0], seen[-1]
     due = [each for each in history.commits if trial.every and each.checkpoint.step <= last]
+    copies = [(step, blocked) for step, blocked in history.copies if step <= last]
+    copying = trial.mode is Mode.MEMORY
     closed = next((each for each in world.incidents if each.downtime is not None), None)
     return Figures(
         mode=trial.mode,
         every=trial.every,
         steps=last - first,
         seconds=until - began,
-        blocked=tuple(each.blocked for each in due),
+        blocked=tuple(blocked for _, blocked in copies) if copying else tuple(each.blocked for each in due),
         lags=tuple(each.lag for each in due),
         sizes=tuple(each.size for each in due),
-        left_out=history.left_out,
+        left_out=_not_made(copies, trial.every) if copying else history.left_out,
         failed=history.failed,
         recovery=None if closed is None else closed.downtime,
         steps_lost=None if closed is None else closed.steps_lost,
     )
+
+
+def _not_made(copies: list[tuple[int, float]], every: int) -> int:
+    """Copies that were due up to the last one that was made, and are not there: an earlier one was in the way."""
+    steps = {step for step, _ in copies}
+    return max(steps) // every - min(steps) // every + 1 - len(steps) if steps else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class Figures:
     seconds: float
     """and for how long."""
     blocked: tuple[float, ...] = ()
-    """For how long each save stopped training. Of copies that were not written it is not known."""
+    """For how long each save stopped training."""
     lags: tuple[float, ...] = ()
     """From the beginning of a save until it was durable."""
     sizes: tuple[int, ...] = ()
@@ -46,8 +46,7 @@ class Figures:
 
     @property
     def saves(self) -> int:
-        """Of copies that were not written: those that were due."""
-        return self.steps // self.every if self.mode is Mode.MEMORY else len(self.blocked)
+        return len(self.blocked)
 
     @property
     def rate(self) -> float | None:
@@ -92,7 +91,7 @@ class Costs:
     """What a save costs in one mode. Seconds."""
 
     mode: Mode
-    blocked: float | None
+    blocked: float
     """For which training stood still, by the ranks' own clocks: the median of all trials."""
     slowdown: float
     """By how much a save made training longer, whatever the reason: also what the writing takes from it."""
@@ -104,13 +103,11 @@ class Costs:
     @property
     def cost(self) -> float:
         """What is reckoned with: the larger one, for the slowdown is known no better than the machine is quiet."""
-        return max(self.blocked or 0.0, self.slowdown)
+        return max(self.blocked, self.slowdown)
 
 
 def costs(mode: Mode, trials: Sequence[Figures], base: Baseline) -> Costs | None:
-    """None: no trial of this mode has saved anything, or what it cost is lost in how far runs differ anyway.
-
-    A copy in memory blocks for as long as an asynchronous save, which begins with the same copy: so those say it.
+    """None: no trial of this mode has saved anything.
 
     The slowdown is the slope of extra time over number of saves, by least squares through the origin: no saves cost
     nothing, and trials with many saves say most.
@@ -118,17 +115,14 @@ def costs(mode: Mode, trials: Sequence[Figures], base: Baseline) -> Costs | None
     mine = [each for each in trials if each.mode is mode and each.saves]
     if not mine:
         return None
-    copying = Mode.ASYNC if mode is Mode.MEMORY else mode
-    blocked = [seconds for each in trials if each.mode is copying for seconds in each.blocked]
+    blocked = [seconds for each in mine for seconds in each.blocked]
     lags = [seconds for each in mine for seconds in each.lags]
     recoveries = [each.recovery for each in mine if each.recovery is not None]
     extra = [(each.seconds - each.steps * base.step, each.saves) for each in mine]
     slope = sum(seconds * saves for seconds, saves in extra) / sum(saves**2 for _, saves in extra)
-    if slope <= 0 and not blocked:
-        return None
     return Costs(
         mode,
-        median(blocked) if blocked else None,
+        median(blocked),
         max(0.0, slope),
         median(lags) if lags else 0.0,
         median(recoveries) if recoveries else 0.0,

@@ -241,16 +241,12 @@ def _foot(results: Results) -> Iterator[str]:
 def _recommended(results: Results) -> Iterator[str]:
     question = results.question
     found = recommendations(results)
-    saved = [mode for mode in SAVING if any(each.mode is mode and each.saves for each in results.trials)]
-    if not saved:
+    if not found:
         yield "no recommendation: nothing was saved"
         return
     yield f"one failure in {human_duration(question.mtbf)} ({question.mtbf_source}):"
     for each in found:
         yield f"  {_sentence(each)}"
-    for mode in saved:
-        if mode not in [each.costs.mode for each in found]:
-            yield f"  {_NAMES[mode]}: what a save costs is lost in how far runs without checkpoints differ"
     durable = [each for each in found if each.costs.mode is not Mode.MEMORY]
     if durable:
         best = durable[0].advice

@@ -58,6 +58,7 @@ def test_an_undisturbed_run_is_seen_in_every_phase(undisturbed: Any) -> None:
         "reason": f"the training function returned after step {STEPS}",
     }
     assert [each["step"] for each in last["checkpoints"]] == [10, 20, 30, 40, 44]
+    assert last["saving"]["copy_blocked_seconds"] is None, "its copies were all written"
     assert last["incidents"] == [] and all(each["used"] == 0 for each in last["budget"])
     losses = [each["loss"] for each in seen if each.get("loss") is not None]
     assert losses[-1] < 1.0, "chance is ln 10"
@@ -140,6 +141,7 @@ def test_what_is_only_in_memory_is_gone_on_from_and_becomes_durable(tmp_path: Pa
     assert starts[0] == 0 and starts[1] in (15, 18) and starts[2] in (27, 30), "the last copy or the one before it"
     assert "from the copy of step" in status["incidents"][0]["reason"]
     durable = [each["step"] for each in status["checkpoints"]]
+    assert status["saving"]["copy_blocked_seconds"] > 0
     assert durable[-1] == STEPS and set(durable) <= {*starts, STEPS}, "what was gone on from, if there was time"
     assert command("ckpt", "verify", "--all", run.directory).returncode == 0
 

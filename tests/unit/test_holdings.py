@@ -41,6 +41,15 @@ def test_what_one_rank_has_only_written_is_taken_and_not_held() -> None:
     assert mixed.all_took(Step(10), FIRST) and mixed.held is None
 
 
+def test_the_slowest_node_says_for_how_long_a_copy_stopped_training() -> None:
+    known = Holdings()
+    for member, seconds in ((A, 0.5), (B, 0.2)):
+        known = known.took(SnapshotTaken(member.node, Generation(1), Step(10), blocked=seconds), FIRST)
+    assert known.held is not None and known.held.blocked == 0.5
+    known = taken(11, A, B, known=known)
+    assert known.held is not None and (known.held.snapshot, known.held.blocked) == (ref(11), 0.0)
+
+
 def test_the_newest_that_is_held_stays_until_a_newer_one_is() -> None:
     known = taken(20, A, known=taken(10, A, B))
     assert known.held is not None and known.held.snapshot == ref(10)

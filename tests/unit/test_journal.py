@@ -25,6 +25,7 @@ from hpcft.events import (
     CheckpointCommitted,
     CheckpointRef,
     Commit,
+    CopiesMeasured,
     Decided,
     Event,
     Formation,
@@ -37,8 +38,8 @@ from hpcft.events import (
     Ticked,
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
-from hpcft.journal import Journal, Replayed, is_journaled, replay
-from hpcft.world import World, apply
+from hpcft.journal import MEASURED_COPIES, Journal, Replayed, is_journaled, records, replay
+from hpcft.world import LATEST_SAVES, World, apply
 
 A, B = NodeId("a"), NodeId("b")
 
@@ -130,6 +131,20 @@ async def test_the_progress_of_many_nodes_stays_readable(tmp_path: Path) -> None
     await write(tmp_path, 1, events)
     lines = b"".join(path.read_bytes() for path in files(tmp_path)).count(b"Progressed")
     assert len(nodes) < lines < 600 + 10 * len(nodes)
+
+
+async def test_what_copies_took_is_put_together_and_lost_to_none(tmp_path: Path) -> None:
+    took = [(Step(step), step / 1000) for step in range(1, 601)]
+    events: list[tuple[float, Event]] = [(0.0, begin(1)), *((0.0, each) for each in form(1))]
+    events += [(float(step), CopiesMeasured(Generation(1), ((step, blocked),))) for step, blocked in took]
+    await write(tmp_path, 1, [*events, *((700.0, each) for each in form(2))])
+    written = [each.event for each in records(tmp_path)]
+    found = [each for each in written if isinstance(each, CopiesMeasured)]
+    assert [pair for each in found for pair in each.copies] == took
+    assert [len(each.copies) for each in found] == [MEASURED_COPIES, MEASURED_COPIES, 600 - 2 * MEASURED_COPIES]
+    last = next(number for number, each in enumerate(written) if each is found[-1])
+    assert isinstance(written[last + 1], Decided), "before what happened after them"
+    assert replay(tmp_path).world.copies == tuple(blocked for _, blocked in took[-LATEST_SAVES:])
 
 
 async def test_every_line_says_when_it_was_written_in_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
