@@ -30,6 +30,7 @@ from hpcft.events import (
     HaltWorkers,
     PeerAnswered,
     PersistCopies,
+    Progressed,
     Propose,
     Reach,
     Requeue,
@@ -195,6 +196,8 @@ def explain(records: Iterable[Record]) -> tuple[Paragraph, ...]:
 class _Matter:
     """A paragraph that is being written."""
 
+    place: int
+    """Among all of them."""
     kind: Kind
     at: float
     wall: datetime
@@ -257,6 +260,9 @@ class _Story:
                 matter = self._open_failure()
                 if matter is not None:
                     matter.failures.append(Sign(record.at, f"rank {event.rank} on {event.node}: {event.failure.what}"))
+            case Progressed() if event.node in self._silent:
+                # heartbeats are not journaled: this is the first sign that what happens to it later is another matter
+                self._silent.pop(event.node).see(record.at, f"{event.node} trains on: step {event.step}")
             case PeerAnswered():
                 matter = self._silent.get(event.suspect) or self._open_failure()
                 if matter is not None:
@@ -282,7 +288,7 @@ class _Story:
             self._start = None
 
     def _open(self, kind: Kind, record: Record, title: str) -> _Matter:
-        matter = _Matter(kind, record.at, record.wall, self._world.starts, title)
+        matter = _Matter(len(self._matters), kind, record.at, record.wall, self._world.starts, title)
         self._matters.append(matter)
         return matter
 
@@ -350,7 +356,7 @@ class _Story:
         matter.cost = "training went on; a failure then would have gone back to " + (
             "the beginning" if newest is None else f"the checkpoint of step {newest.step}"
         )
-        matter.cost += ", or to a copy in memory"
+        matter.cost += ", or to a newer copy in memory"
 
     def _leave(self, record: Record, why: str) -> None:
         """A clearer word may follow the first one."""
@@ -368,7 +374,7 @@ class _Story:
 
     def _decide(self, before: World, record: Record, decided: Decided) -> None:
         decision = Decision(record.at, tuple(each.action for each in decided.actions), decided.reason)
-        matter = self._matter_of(before, record, decided)
+        matter = self._matter_of(record, decided)
         matter.decisions.append(decision)
         for action in decided.actions:
             match action:
@@ -384,35 +390,32 @@ class _Story:
                 case _:
                     pass
 
-    def _matter_of(self, before: World, record: Record, decided: Decided) -> _Matter:
+    def _matter_of(self, record: Record, decided: Decided) -> _Matter:
         """What the decision is about."""
         actions = decided.actions
         if any(isinstance(each, Conclude) for each in actions):
             return self._open(Kind.END, record, "")
         failure = self._open_failure()
-        about = [each.suspect for each in actions if isinstance(each, AskPeer)]
-        about += [each.node for each in actions if isinstance(each, Evict)]
-        if about:
-            known = next((self._silent[node] for node in about if node in self._silent), None) or failure
-            if known is None:
-                known = self._open(Kind.NODE, record, decided.reason)
-            if any(isinstance(each, AskPeer) for each in actions):
-                self._silent |= dict.fromkeys(about, known)
-            return known
+        if asked := [each.suspect for each in actions if isinstance(each, AskPeer)]:
+            matter = failure or self._open(Kind.NODE, record, decided.reason)
+            self._silent |= dict.fromkeys(asked, matter)
+            return matter
+        if gone := [each.node for each in actions if isinstance(each, Evict)]:
+            silences = [self._silent.pop(node) for node in gone if node in self._silent]
+            return failure or (silences[0] if silences else self._open(Kind.NODE, record, decided.reason))
         leaves = SaveAndStop | PersistCopies | HaltWorkers | Requeue
         if self._leaving is not None and all(isinstance(each, leaves) for each in actions):
             return self._leaving
         # a start takes over what the one before could not recover from; what fails in it is its own
         latest = [each for each in (failure, self._start) if each is not None]
         if latest:
-            return max(latest, key=self._matters.index)
+            return max(latest, key=lambda each: each.place)
         return self._open(Kind.NODE, record, decided.reason)
 
     def _end(self, record: Record, matter: _Matter, action: Conclude) -> None:
         world, verdict = self._world, action.verdict
-        for each in (self._leaving, self._start):
-            if each is not None:
-                each.until = record.at if each is self._leaving else None
+        if self._leaving is not None:
+            self._leaving.until = record.at
         self._start = self._leaving = None
         matter.title = f"{verdict.outcome.value} (exit code {verdict.exit_code}): {verdict.reason}"
         matter.verdict = status.verdict_as_dict(verdict)
@@ -450,7 +453,8 @@ class _Story:
         match matter.kind:
             case Kind.START:
                 took = None if matter.until is None else matter.until - matter.at
-                none = "it did not train" if self._ended(matter) else "it does not train yet"
+                over = matter.start < self._world.starts or self._world.verdict is not None
+                none = "it did not train" if over else "it does not train yet"
                 cost = none if took is None else f"training began after {human_duration(took)}"
                 return replace(told, cost=cost, seconds=took)
             case Kind.LEAVING:
@@ -486,10 +490,6 @@ class _Story:
             steps=incident.steps_lost,
             incident=facts,
         )
-
-    def _ended(self, matter: _Matter) -> bool:
-        """Whether its start has a verdict."""
-        return any(each.kind is Kind.END and each.start == matter.start for each in self._matters)
 
 
 def _answer(event: PeerAnswered) -> str:

@@ -21,7 +21,7 @@ from hpcft.cadence import SaveRules
 from hpcft.cli import main
 from hpcft.errors import ExitCode
 from hpcft.explanation import Kind, Paragraph, explain
-from hpcft.ids import Generation, NodeId, Step
+from hpcft.ids import Generation, Incarnation, NodeId, Step
 from hpcft.journal import Record, is_journaled, replay
 from hpcft.membership import Timing
 from hpcft.policy import Rules
@@ -125,8 +125,15 @@ def test_a_silence_belongs_to_the_loss_that_it_leads_to(scenario: list[Record]) 
 
 @pytest.mark.parametrize("scenario", ["silence_passes"], indirect=True)
 def test_a_silence_that_passes_interrupted_nothing(scenario: list[Record]) -> None:
-    _, silence = explain(scenario)
+    _, once, silence = explain(scenario)
+    assert once.title == silence.title == "node2 has been silent for 2s: node3 is asked about it"
     assert (silence.kind, silence.cost) == (Kind.NODE, "")
+    gone = ev.Decided(
+        (ev.Evict(NodeId("node2"), Incarnation("node2/1")),), "node2 is gone: all its processes have ended"
+    )
+    _, _, silence, failure = explain([*scenario, record(3600.0, gone)])
+    assert [each.what for each in silence.seen][-1] == "node2 trains on: step 60"
+    assert (failure.kind, failure.at) == (Kind.FAILURE, 3600.0), "what happens an hour later has nothing to do with it"
 
 
 @pytest.mark.parametrize("scenario", ["time_limit"], indirect=True)
@@ -181,8 +188,8 @@ def test_saves_that_were_left_out_one_after_the_other_are_one_matter() -> None:
     assert told([one]).splitlines() == [
         "3 saves left out, of steps 12 to 16",
         "seen      after 2s: the copies of earlier saves are still being written",
-        "cost      training went on; a failure then would have gone back to the checkpoint of step 10, or to a copy "
-        "in memory",
+        "cost      training went on; a failure then would have gone back to the checkpoint of step 10, or to a newer "
+        "copy in memory",
     ]
     assert (one.steps, other.title) == (3, "1 save left out, of step 18")
 
@@ -306,3 +313,13 @@ def test_a_node_that_held_no_rank_goes_without_an_incident() -> None:
     gone = ev.Decided((ev.Evict(NodeId("c"), joined("c").incarnation),), "c is gone: all its processes have ended")
     _, node = explain([*trained(), record(3.0, joined("c")), record(4.0, gone)])
     assert (node.kind, node.title) == (Kind.NODE, "c is gone: all its processes have ended")
+
+
+def test_a_start_that_never_trained_says_so() -> None:
+    ended = ev.Verdict(ev.Outcome.FAILED, 13, "the allocation has 2 nodes, nodes.min asks for 3")
+    (waiting,) = explain(trained()[:4])
+    assert (waiting.cost, waiting.seconds) == ("it does not train yet", None)
+    start, end = explain([*trained()[:4], record(5.0, ev.Decided((ev.Conclude(ended),), ended.reason))])
+    assert start.cost == "it did not train"
+    assert end.title == f"failed (exit code 13): {ended.reason}"
+    assert told([end]).count(ended.reason) == 1
