@@ -560,8 +560,8 @@ class Agent:
                     self._page.order_word = Order(step, stop, in_memory).word
                 case KeepCopies(generation, step):
                     self._snapshots.keep(generation, step)
-                case ForgetCopies(generation, step):
-                    self._snapshots.forget(generation, step)
+                case ForgetCopies(generation, step, written):
+                    self._snapshots.forget(generation, step, written=written)
                 case WriteCopies(order):
                     self._snapshots.persist(order)
                 case LookAt(probe):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import math
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -96,6 +97,11 @@ class _Saves:
     """The last one that all ranks have left out."""
     dropped: set[Step] = field(default_factory=set)
     """Given up: what a rank that was late still writes of them goes, too."""
+    attempts: dict[Step, str] = field(default_factory=dict)
+    """Nonces of those that are written once more, from memory."""
+
+    def nonce(self, step: Step) -> str:
+        return self.attempts.get(step, self.formation.nonce)
 
     def name(self, step: Step) -> str:
         return checkpoint_name(step, self.formation.generation)
@@ -144,10 +150,27 @@ class Commits:
         known = (self._saves, self._origin)
         self._origin = next((each for each in known if each and each.formation.generation == origin), None)
         self._saves = _Saves(formation)
-        spared = None
-        if self._origin is not None and formation.restore is not None:
-            spared = staging_name(self._origin.name(formation.restore.step), self._origin.formation.nonce)
-        self._committing.put(lambda: self._turn_to(formation, spared))
+        saves = self._origin
+        self._committing.put(lambda: self._turn_to(formation, saves))
+
+    def has_failed(self, snapshot: CheckpointRef) -> bool:
+        """Whether the writing of this state, which is in memory, was given up."""
+        saves = self._of(snapshot.generation, snapshot.step)
+        return saves is not None and snapshot.step in saves.dropped
+
+    def attempt(self, snapshot: CheckpointRef, *, anew: bool) -> str:
+        """The nonce under which a state in memory is to be written: that of the attempt under way, if there is one and
+        it is not to begin `anew`."""
+        saves, step = self._of(snapshot.generation, snapshot.step), snapshot.step
+        if saves is None:
+            return secrets.token_hex(4)
+        if anew and step not in saves.settled:
+            self._drop(saves, step)
+        if step in saves.dropped:
+            saves.attempts[step] = secrets.token_hex(4)
+            saves.settled.discard(step)
+            saves.dropped.discard(step)
+        return saves.nonce(step)
 
     def _of(self, generation: Generation, step: Step) -> _Saves | None:
         """Where a word about this save belongs; None: it comes too late."""
@@ -174,13 +197,18 @@ class Commits:
         saves = self._of(generation, step)
         if saves is None:
             return
-        if step in saves.settled:
-            if step in saves.dropped:
-                self._drop(saves, step)
+        if step in saves.settled and step not in saves.dropped:
+            return
+        parsed = ShardReport.parse(report)
+        if parsed.nonce != saves.nonce(step):
+            self._committing.put(lambda: self._discard(saves.name(step), parsed.nonce))
+            return  # of an attempt that was given up
+        if step in saves.dropped:
+            self._drop(saves, step)
             return
         world_size = saves.formation.world_size
         reports = saves.reports.setdefault(step, {})
-        reports[rank] = ShardReport.parse(report)
+        reports[rank] = parsed
         saves.timings.setdefault(step, _Timing()).told(timing or {}, time.monotonic())
         if len(reports) < world_size:
             return
@@ -198,11 +226,12 @@ class Commits:
             self._origin = None  # what has come of its state is durable now
             if restore is not None and restore.step not in origin.settled:
                 self._drop(origin, restore.step)
-        self._committing.put(lambda: self._commit(saves.formation, step, tuple(reports.values()), took))
+        self._committing.put(lambda: self._commit(saves, step, tuple(reports.values()), took))
 
-    def failed(self, generation: Generation, step: Step, rank: Rank, reason: str) -> None:
-        """Rank `rank` could not write its files of `step`."""
-        if (saves := self._of(generation, step)) is not None:
+    def failed(self, generation: Generation, step: Step, rank: Rank, reason: str, nonce: str = "") -> None:
+        """Rank `rank` could not write its files of `step`, in the attempt of this nonce, else in the first."""
+        saves = self._of(generation, step)
+        if saves is not None and (nonce or saves.formation.nonce) == saves.nonce(step):
             if step in saves.dropped:
                 self._drop(saves, step)  # what it wrote before it failed
             self._give_up(saves, step, f"rank {rank}: {reason}")
@@ -263,15 +292,19 @@ class Commits:
         saves.dropped.add(step)
         saves.reports.pop(step, None)
         saves.timings.pop(step, None)
-        self._committing.put(lambda: self._discard(saves.name(step), saves.formation.nonce))
+        nonce = saves.nonce(step)
+        self._committing.put(lambda: self._discard(saves.name(step), nonce))
 
     # --- on the committing thread ---
 
-    def _turn_to(self, formation: Formation, spared: str | None) -> None:
+    def _turn_to(self, formation: Formation, origin: _Saves | None) -> None:
         restore = formation.restore
         if not formation.memory:  # else it follows what was committed before the copy, or the copy itself
             self._parent = _name(restore) if restore is not None else None
         stale = retention.stale(self._root, formation.generation)
+        spared = None
+        if origin is not None and restore is not None:  # asked now: an attempt may have begun since
+            spared = staging_name(origin.name(restore.step), origin.nonce(restore.step))
         self._put_into_trash(tuple(name for name in stale if name != spared))
         self._values_of(read.entries(self._root))  # now, while nothing waits to be committed
 
@@ -283,13 +316,14 @@ class Commits:
         retention.put_into_trash(self._root, names)
         self._emptying.put(self._empty_trash)
 
-    def _commit(self, formation: Formation, step: Step, reports: tuple[ShardReport, ...], timing: _Timing) -> None:
-        began = time.monotonic()
+    def _commit(self, saves: _Saves, step: Step, reports: tuple[ShardReport, ...], timing: _Timing) -> None:
+        began, formation = time.monotonic(), saves.formation
         facts = commit.Facts(run=self._run, term=formation.term, parent=self._parent, created=time.time())
         try:
             done = commit.commit(self._root, reports, facts)
         except HpcftError as error:
-            self._discard(reports[0].name, formation.nonce)
+            saves.dropped.add(step)  # before anybody hears of it
+            self._discard(reports[0].name, reports[0].nonce)
             self._deliver(CheckpointFailed(step, formation.generation, error.message))
             return
         if done.latest_failure:

@@ -442,7 +442,7 @@ class SnapshotDoubtful:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotDropped:
-    """The node no longer has the copies of this step."""
+    """The node does not have copies of this step of all its ranks, and will not: one could not be made."""
 
     node: NodeId
     generation: Generation
@@ -738,11 +738,13 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Some rank has no copy of this step, so the others' are of no use."""
+    """Not all ranks have a copy of this step, so nothing can be started from those that have."""
 
     term: Term
     generation: Generation
     step: Step
+    written: bool = False
+    """All have saved it all the same: what is being written becomes a checkpoint, and is of use until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -753,6 +755,8 @@ class Persist:
     snapshot: CheckpointRef
     members: tuple[Member, ...]
     handed_by: tuple[NodeId, ...]
+    nonce: str
+    """Of the attempt: what is there of another one, written or being written, is of no use."""
 
 
 @dataclass(frozen=True, slots=True)

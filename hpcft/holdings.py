@@ -4,7 +4,8 @@ A step is *taken* by a node when all its ranks have copied, or written, their sh
 is *held* when every member of the generation has sealed copies in memory. Where a formation has neighbours, each
 member's copies go to another one as well; when that is settled for all of them, done or given up, the step is *safe*.
 The newest one that is safe is never given up before a newer one is (orders `Keep` and `Forget`), so there is always one
-to start from, as long as of each share somebody lives who has it.
+to start from, as long as of each share somebody lives who has it. What can never be held is `useless`: it must not
+occupy anybody's memory.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ class Held:
     def _with(self, holders: Mapping[NodeId, tuple[Holder, ...]]) -> Held | None:
         return replace(self, holders=holders) if all(holders.values()) else None
 
+    def has(self, handed_by: tuple[NodeId, ...]) -> bool:
+        """Whether these nodes still have the copies that they were to hand out, one for each of `self.members`."""
+        pairs = zip(self.members, handed_by, strict=True)
+        return all(node in [holder for holder, _ in self.holders[made.node]] for made, node in pairs)
+
     def handed_by(self, members: tuple[Member, ...]) -> tuple[NodeId, ...] | None:
         """Which of these members is to hand out whose copies, in the order of `self.members`; None: not all are there.
 
@@ -71,6 +77,8 @@ class Holdings:
     """Of the running generation's latest steps: who has taken them, and whether copies are in its memory."""
     settled: Mapping[Step, Mapping[NodeId, Holder | None]] = field(default_factory=dict)
     """Of the same steps: whose copies a neighbour has, and which one; None: it could not take them."""
+    failed: frozenset[Step] = frozenset()
+    """Those of the same steps of which some rank has no copy, and will have none."""
     whole: tuple[Held, ...] = ()
     """What could be started from, oldest first: the newest that is safe, and newer ones."""
     blocked: Mapping[Step, float] = field(default_factory=dict)
@@ -105,9 +113,12 @@ class Holdings:
         blocked = {**self.blocked, event.step: max(event.blocked, self.blocked.get(event.step, 0.0))}
         steps = sorted(taken)[-KNOWN:]
         known = replace(
-            self, taken={step: taken[step] for step in steps}, blocked={step: blocked[step] for step in steps}
+            self,
+            taken={step: taken[step] for step in steps},
+            failed=self.failed & frozenset(steps),
+            blocked={step: blocked.get(step, 0.0) for step in steps},
         )._listen(event, formation)
-        if not all(nodes.get(member.node) for member in formation.members):
+        if event.step in self.failed or not all(nodes.get(member.node) for member in formation.members):
             return known
         snapshot = CheckpointRef(event.step, formation.generation)
         if self.held is not None and _order(self.held.snapshot) >= _order(snapshot):
@@ -160,14 +171,30 @@ class Holdings:
         doubt = SnapshotDoubtful(formation.generation, event.step, reason) if reason else None
         return replace(heard, words=(), digests=digests, compared=event.step, doubt=doubt)
 
+    def useless(self, formation: Formation) -> Mapping[Step, bool]:
+        """The latest steps of which copies were made that nobody will start from; True: all have saved it all the same.
+
+        Ranks come to steps in order: who has taken a newer one will not come back to this.
+        """
+        members = [member.node for member in formation.members]
+        reached = {
+            node: max((step for step, nodes in self.taken.items() if node in nodes), default=0) for node in members
+        }
+        found = dict.fromkeys(self.failed, False)
+        for step, nodes in self.taken.items():
+            if any(node not in nodes and reached[node] > step for node in members):
+                found[step] = False
+            elif self.all_took(step, formation) and not all(nodes[node] for node in members):
+                found.setdefault(step, True)
+        return found
+
     def dropped(self, event: SnapshotDropped) -> Holdings:
-        nodes = self.taken.get(event.step)
-        taken = self.taken
-        if nodes is not None and event.node in nodes:
-            taken = {**self.taken, event.step: {**nodes, event.node: False}}
+        taken = {**self.taken, event.step: {**self.taken.get(event.step, {}), event.node: False}}
+        taken = {step: taken[step] for step in sorted(taken)[-KNOWN:]}
+        failed = frozenset(step for step in (*self.failed, event.step) if step in taken)
         gone = CheckpointRef(event.step, event.generation)
         left = [held.dropped(event.node) if held.snapshot == gone else held for held in self.whole]
-        return replace(self, taken=taken, whole=tuple(each for each in left if each is not None))
+        return replace(self, taken=taken, failed=failed, whole=tuple(each for each in left if each is not None))
 
     def lost(self, node: NodeId, incarnation: Incarnation) -> Holdings:
         """An agent is gone, and its memory with it."""

@@ -32,7 +32,7 @@ from hpcft.events import (
     Action,
     AskPeer,
     CheckpointCommitted,
-    CheckpointFailed,
+    CheckpointRef,
     CheckpointsFound,
     Commit,
     Conclude,
@@ -44,10 +44,12 @@ from hpcft.events import (
     Event,
     Evict,
     Forget,
+    Formation,
     Halt,
     HaltWorkers,
     Keep,
     LeaseRenewed,
+    Member,
     NodeHeard,
     NodeJoined,
     NodeReported,
@@ -90,6 +92,8 @@ log = logging.getLogger("hpcft.leader")
 
 TICK_SECONDS = 0.1
 STATUS_SECONDS = 1.0
+FORGOTTEN = 8
+"""Latest steps whose copies are of no use, said again to whoever joins: more than anybody has arenas for."""
 DECISIONS_PER_EVENT = 64
 """Each decision changes the world so that the next differs; more than this in a row is a defect of the policy."""
 JOURNAL_SECONDS = 10.0
@@ -173,6 +177,10 @@ class Leader:
         self._meeting: tuple[Generation, StoreServer] | None = None
         self._saving = cadence.Saving(told_at=self.now())
         self._copying = cadence.Copying(self.now())
+        self._forgotten: dict[Step, bool] = {}
+        """Steps of this generation whose copies the agents were told to forget; True: when they are written."""
+        self._writing: Persist | None = None
+        """The standing order to write a state that is in memory."""
         self._pace = cadence.Pace()
         self._notices = Notices(control, office.end_lead, self.feed, self._spawn, self._last_save)
         self._requeueing: asyncio.Task[None] | None = None
@@ -287,11 +295,27 @@ class Leader:
         if doubt is not None and (earlier is None or earlier.reason != doubt.reason):
             log.warning("the copies of step %d are doubtful: %s", doubt.step, doubt.reason)
             self.feed(doubt)
-        match event:
-            case CheckpointFailed(step, of) if of == generation and not self.world.taken(step):
-                self._broadcast(Forget(term, generation, step))
-            case _:
-                pass
+        if isinstance(event, SnapshotTaken | SnapshotDropped):
+            for step, written in self.world.holdings.useless(formation).items():
+                self._forget(step, written=written)
+
+    def _forget(self, step: Step, *, written: bool = False) -> None:
+        """Tell the agents that nothing can be started from what some of them have of this step."""
+        formation, told = self.world.formation, self._forgotten.get(step)
+        if formation is None or told is False or told is written:
+            return
+        self._forgotten[step] = written
+        for old in sorted(self._forgotten)[:-FORGOTTEN]:
+            del self._forgotten[old]
+        self._broadcast(Forget(self._office.record.term, formation.generation, step, written))
+
+    def _persist(self, snapshot: CheckpointRef, members: tuple[Member, ...], handed_by: tuple[NodeId, ...]) -> None:
+        """Have a state written that is in memory. Where it was ordered before, who is to write what has changed."""
+        known = self._writing
+        again = known is not None and known.snapshot == snapshot
+        nonce = self._commits.attempt(snapshot, anew=again)
+        self._writing = Persist(self._office.record.term, snapshot, members, handed_by, nonce)
+        self._broadcast(self._writing)
 
     def _post(self, event: Event) -> None:
         """From any thread."""
@@ -314,6 +338,10 @@ class Leader:
                 self._renewal_wanted = time.monotonic()
                 self._renewal.hurry()
                 self._broadcast(Prepare(formation))
+                self._forgotten, self._writing = {}, None
+                origin, handed = formation.restore, formation.handed_out()
+                if formation.memory and origin is not None and self._commits.has_failed(origin):
+                    self._persist(origin, tuple(made for made, _ in handed), tuple(now.node for _, now in handed))
                 self._spawn(self._open_meeting(formation.generation), "meeting")
             case Commit():
                 self._broadcast_start()
@@ -330,7 +358,7 @@ class Leader:
                 last = self._saving.ordered(self.world, self._pace, self.now(), stop=True)
                 self._stand_by(last, last.order)
             case PersistCopies(snapshot, members, handed_by):
-                self._broadcast(Persist(self._office.record.term, snapshot, members, handed_by))
+                self._persist(snapshot, members, handed_by)
             case HaltWorkers(generation):
                 self._broadcast(Halt(self._office.record.term, generation))
             case Quarantine(checkpoint, detail):
@@ -388,6 +416,17 @@ class Leader:
             say(order_message(Prepare(formation)))
             for message in self._start_messages():
                 say(message)
+            self._repeat_of_copies(formation, say)
+
+    def _repeat_of_copies(self, formation: Formation, say: Callable[[Message], None]) -> None:
+        """What stands of the orders about copies: one that is lost would leave a node without memory for the next."""
+        term, generation, safe = self._office.record.term, formation.generation, self.world.holdings.safe
+        if safe is not None and safe.snapshot.generation == generation:
+            say(order_message(Keep(term, generation, safe.snapshot.step)))
+        for step, written in self._forgotten.items():
+            say(order_message(Forget(term, generation, step, written)))
+        if self._writing is not None:
+            say(order_message(self._writing))
 
     def heard(self, event: NodeHeard) -> None:
         node = self.world.node(event.node)
@@ -402,8 +441,8 @@ class Leader:
     def save_skipped(self, generation: int, step: int, rank: int, reason: Any) -> None:
         self._commits.skipped(Generation(generation), Step(step), Rank(rank), str(reason))
 
-    def save_failed(self, generation: int, step: int, rank: int, reason: Any) -> None:
-        self._commits.failed(Generation(generation), Step(step), Rank(rank), str(reason))
+    def save_failed(self, generation: int, step: int, rank: int, reason: Any, nonce: str) -> None:
+        self._commits.failed(Generation(generation), Step(step), Rank(rank), str(reason), nonce)
 
     def command(self, command: Message) -> Message:
         match command:
@@ -524,7 +563,7 @@ class Leader:
         formation, term = self.world.formation, self._office.record.term
         if step is not None and formation is not None:
             if missed is not None:
-                self._broadcast(Forget(term, formation.generation, missed))
+                self._forget(missed)
             self._broadcast(OrderSave(term, formation.generation, step, stop=False, in_memory=True))
 
     def _last_save(self) -> cadence.LastSave | None:
@@ -538,6 +577,8 @@ class Leader:
             return
         if former.order is not None and saving.order is not None and former.order.step != saving.order.step:
             self._commits.supersede(former.order.step)
+            if not self.world.taken(former.order.step):
+                self._forget(former.order.step)
         self._broadcast(OrderSave(self._office.record.term, formation.generation, told.step, told.stop))
 
     async def _requeue(self) -> None:

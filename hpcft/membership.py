@@ -120,6 +120,8 @@ class KeepCopies:
 class ForgetCopies:
     generation: Generation
     step: Step
+    written: bool
+    """But for those that are being written, until they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +223,8 @@ class Membership:
                 return self, (SaveAt(step, stop, in_memory),) if self._runs(term, generation) else ()
             case Keep(term, generation, step):
                 return self, (KeepCopies(generation, step),) if self._runs(term, generation) else ()
-            case Forget(term, generation, step):
-                return self, (ForgetCopies(generation, step),) if self._runs(term, generation) else ()
+            case Forget(term, generation, step, written):
+                return self, (ForgetCopies(generation, step, written),) if self._runs(term, generation) else ()
             case Persist(term):
                 # whatever has become of the workers: nothing changes a copy
                 return self, (WriteCopies(order),) if term >= self.term else ()

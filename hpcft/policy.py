@@ -568,16 +568,22 @@ def _persist(world: World, rules: Rules, now: float, reason: str) -> Decided | N
     if asked is not None and now >= world.termination_at + asked.seconds_left:
         return None
     known = world.persisting
-    if known is not None:
-        over = known.failed or known.snapshot in world.checkpoints or now >= known.since + PERSIST_SECONDS
-        return None if over else NOTHING
     there = assign(tuple(node for node in world.nodes if node not in suspects(world, rules, now)), 1)
-    held = world.holdings.usable(there, world.restore)
+    if known is None:
+        held = world.holdings.usable(there, world.restore)
+    else:
+        if known.failed or known.snapshot in world.checkpoints or now >= known.since + PERSIST_SECONDS:
+            return None
+        held = next((each for each in world.holdings.whole if each.snapshot == known.snapshot), None)
+        if held is None:
+            return None  # whoever had the last copy of some share is gone
+        if held.has(known.handed_by):
+            return NOTHING
     by = held.handed_by(there) if held is not None else None
-    if held is None or by is None or held.snapshot in world.checkpoints:
+    if held is None or by is None:
+        return None if known is None else NOTHING  # who has it is silent at present
+    if held.snapshot in world.checkpoints:
         return None
-    if world.save_failed is not None and world.save_failed[0] == held.snapshot.step:
-        return None  # its writing has been tried
     return Decided(
         (PersistCopies(held.snapshot, held.members, by),),
         f"{reason}: first the copy of step {held.snapshot.step}, which is in memory only"

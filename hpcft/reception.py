@@ -74,7 +74,8 @@ class Chair(Protocol):
 
     def save_skipped(self, generation: int, step: int, rank: int, reason: Any) -> None: ...
 
-    def save_failed(self, generation: int, step: int, rank: int, reason: Any) -> None: ...
+    def save_failed(self, generation: int, step: int, rank: int, reason: Any, nonce: str) -> None:
+        """`nonce`: of the attempt that has failed; empty: of the first."""
 
     def signalled(self, name: str, age: float) -> None:
         """Slurm has signalled an agent, `age` seconds ago."""
@@ -159,8 +160,8 @@ class Reception:
                 self._chair.shard_reported(
                     generation, step, rank, report, {str(key): value for key, value in timing.items()}
                 )
-            case {"save_failed": {"generation": generation, "step": step, "rank": rank, "reason": reason}}:
-                self._chair.save_failed(generation, step, rank, reason)
+            case {"save_failed": {"generation": generation, "step": step, "rank": rank, "reason": reason, **more}}:
+                self._chair.save_failed(generation, step, rank, reason, str(more.get("nonce", "")))
             case {"signal": str(name), "age": int() | float() as age}:
                 self._chair.signalled(name, float(age))
             case _:

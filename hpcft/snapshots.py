@@ -45,6 +45,7 @@ from hpcft.events import (
     Member,
     Persist,
     SaveReport,
+    SnapshotDropped,
     SnapshotTaken,
 )
 from hpcft.ids import Generation, NodeId, Rank, Step
@@ -129,10 +130,17 @@ class _Copy:
     passing: asyncio.Task[None] | None = None
     """Brings it to the neighbour."""
     made_at: float = field(default_factory=time.monotonic)
+    nonce: str = ""
+    """Of the attempt to write it."""
     since: float = 0.0
     """When it began to be written."""
     written: int = 0
     heard_at: float = 0.0
+    outcome: Mapping[str, Any] | None = None
+    """What was said of it when it was written."""
+
+    def __post_init__(self) -> None:
+        self.nonce = self.formation.nonce
 
     @property
     def step(self) -> Step:
@@ -254,6 +262,10 @@ class Snapshots:
         """Those of them that some rank has written without a copy."""
         self._forgotten: set[Step] = set()
         """Steps of this generation that some rank has no copy of; another may be about to make one."""
+        self._unkept: set[Step] = set()
+        """Others that are of no use when they are written, since nobody can start from them."""
+        self._missed: set[Step] = set()
+        """Those of which some rank of this node has no copy."""
         self._promised = 0
         """Bytes of arenas that are being made."""
         self._ways = Ways()
@@ -265,6 +277,7 @@ class Snapshots:
         """A generation begins with these workers, by their number on this node."""
         self._formation, self._tell, self._say = formation, tell, say
         self._taken, self._written, self._forgotten, self._spoken = {}, set(), set(), []
+        self._unkept, self._missed = set(), set()
         self._alone, self._avoided = set(), (0.0, "")
         for task in self._incoming:
             task.cancel()
@@ -310,7 +323,7 @@ class Snapshots:
                 self._answer(worker, about, fds)
             self._answer(worker, {"kind": "images", "count": len(held)}, ())
         for share, slot, copy in held:
-            if copy.work is None and copy.written < copy.size:
+            if copy.work is None and copy.outcome is None:
                 copy.work = self._run(self._write(share, slot, copy), f"write-{copy.rank}")
 
     def persist(self, order: Persist) -> None:
@@ -322,11 +335,18 @@ class Snapshots:
                 if copy.snapshot != order.snapshot or copy.rank not in wanted or copy.digests is None:
                     continue
                 wanted.discard(copy.rank)
-                if copy.work is None and copy.written < copy.size:
+                if copy.nonce != order.nonce:
+                    if copy.work is not None:
+                        copy.work.cancel()
+                    copy.nonce, copy.work, copy.written, copy.outcome = order.nonce, None, 0, None
+                if copy.outcome is not None:
+                    self._tell(copy.rank, copy.outcome)
+                elif copy.work is None:
                     copy.work = self._run(self._write(share, slot, copy), f"write-{copy.rank}")
         for rank in wanted:
             about = {"generation": order.snapshot.generation, "rank": rank, "step": order.snapshot.step}
-            self._tell(rank, {"save_failed": {**about, "reason": "its copy is not in memory any more"}})
+            reason = "its copy is not in memory any more"
+            self._tell(rank, {"save_failed": {**about, "reason": reason, "nonce": order.nonce}})
 
     @property
     def _all(self) -> list[_Share]:
@@ -432,6 +452,12 @@ class Snapshots:
         self._written.add(step)
         self._took(rank, step)
 
+    def missed(self, step: Step) -> None:
+        """Some rank could not copy or write its share of this step."""
+        if self._formation is not None and step not in self._missed:
+            self._missed.add(step)
+            self._speak(SnapshotDropped(self._node, self._formation.generation, step))
+
     def _took(self, rank: Rank, step: Step) -> None:
         taken = self._taken.setdefault(step, set())
         taken.add(rank)
@@ -460,6 +486,7 @@ class Snapshots:
             done, fds = await share.memory.carry({"do": "seal", "size": copy.size}, [slot.fd])
         except JobFailed as error:
             self._fail(copy, str(error))
+            self.missed(copy.step)
             copy.work = None
             self._release(share, slot)
             return
@@ -483,7 +510,7 @@ class Snapshots:
             "do": "write",
             "root": str(self._settings.root),
             "name": checkpoint_name(copy.step, formation.generation),
-            "nonce": formation.nonce,
+            "nonce": copy.nonce,
             "direct": direct,
             "bandwidth": None if bandwidth is None else bandwidth / max(1, len(self._shares)),
             "position": message["position"],
@@ -508,13 +535,14 @@ class Snapshots:
             self._ways = self._ways.seen(direct, copy.size, done["seconds"])
             blocked = message["blocked"]
             took = blocked + time.monotonic() - copy.made_at
-            self._tell(copy.rank, {"shard": {**about, "report": done["report"], "blocked": blocked, "took": took}})
+            copy.outcome = {"shard": {**about, "report": done["report"], "blocked": blocked, "took": took}}
+            self._tell(copy.rank, copy.outcome)
         copy.work = None
         self._release(share, slot)
 
     def _fail(self, copy: _Copy, reason: str) -> None:
         about = {"generation": copy.formation.generation, "rank": copy.rank, "step": copy.step}
-        self._tell(copy.rank, {"save_failed": {**about, "reason": reason}})
+        self._tell(copy.rank, {"save_failed": {**about, "reason": reason, "nonce": copy.nonce}})
 
     def keep(self, generation: Generation, step: Step) -> None:
         """All nodes have sealed this step, and it is safe: older copies are of no use any more."""
@@ -524,14 +552,17 @@ class Snapshots:
                 self._release(share, slot)
         self._dismiss_guests()
 
-    def forget(self, generation: Generation, step: Step) -> None:
-        """Some rank has no copy of this step: those of others are of no use, nor is writing them."""
+    def forget(self, generation: Generation, step: Step, *, written: bool) -> None:
+        """Some rank has no copy of this step: those of others are of no use. Nor is writing them, unless `written`."""
         gone = CheckpointRef(step, generation)
-        self._forgotten.add(step)
+        (self._unkept if written else self._forgotten).add(step)
         for share in self._all:
             for slot, copy in share.filled:
                 if copy.snapshot == gone:
-                    self._free(share, slot)
+                    if written:
+                        self._release(share, slot)
+                    else:
+                        self._free(share, slot)
 
     def _release(self, share: _Share, slot: _Slot) -> None:
         """The slot is the worker's again, unless its copy is still of use."""
@@ -540,7 +571,8 @@ class Snapshots:
             return
         kept = self._kept
         older = kept is not None and (copy.snapshot.generation, copy.step) < (kept.generation, kept.step)
-        if copy.digests is not None and not older and len(share.slots) > 1:
+        unkept = copy.formation is self._formation and copy.step in self._unkept
+        if copy.digests is not None and not older and not unkept and len(share.slots) > 1:
             return
         self._free(share, slot)
 
@@ -642,7 +674,7 @@ class Snapshots:
     def _outdated(self, offer: Offer) -> bool:
         kept = self._kept
         older = kept is not None and (offer.generation, offer.step) < (kept.generation, kept.step)
-        return older or offer.step in self._forgotten
+        return older or offer.step in self._forgotten or offer.step in self._unkept
 
     async def _vacant(self, share: _Share) -> _Slot:
         """A slot whose copy is of no use any more, as soon as there is one."""

@@ -201,6 +201,8 @@ class Persisting:
     """A state in memory that is being written before the run leaves."""
 
     snapshot: CheckpointRef
+    handed_by: tuple[NodeId, ...]
+    """Who writes the copies, one for each member that has made them."""
     since: float
     failed: str = ""
 
@@ -499,6 +501,8 @@ def apply(world: World, event: Event, now: float) -> World:
             what = f"the copies of step {event.step}: {event.reason}"
             return _note(world, "copies doubtful", what, "training goes on; look at it before you rely on them", now)
         case SnapshotDropped():
+            if world.formation is None or world.formation.generation != event.generation:
+                return world
             return replace(world, holdings=world.holdings.dropped(event))
         case CheckpointSkipped():
             if not _current(world, event.generation):
@@ -994,7 +998,9 @@ def _carry_out(world: World, decided: Decided, now: float) -> World:
                 if node is not None and node.incarnation == action.incarnation:
                     world = _remove(world, node, decided.reason, now)
             case PersistCopies():
-                world = replace(world, persisting=Persisting(action.snapshot, now))
+                known = world.persisting
+                since = now if known is None or known.snapshot != action.snapshot else known.since
+                world = replace(world, persisting=Persisting(action.snapshot, action.handed_by, since))
             case Quarantine():
                 world = replace(world, suspected=action.checkpoint)
             case Requeue():

@@ -35,8 +35,11 @@ from hpcft.events import (
     Formation,
     Member,
     NodeReported,
+    Persist,
+    SnapshotDropped,
     SnapshotTaken,
 )
+from hpcft.holdings import Holdings
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 from hpcft.page import NodePage
 from hpcft.ranks import Assignment, Ranks
@@ -114,8 +117,8 @@ class SavingNode:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._channels: dict[str, socket.socket] = {}
-        self._taken: set[tuple[Generation, Step]] = set()
-        """What all ranks have a copy of, or have written."""
+        self._formation: Formation | None = None
+        self._holdings = Holdings()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._page = page or NodePage.create(ranks)
         settings = SaveSettings(self.root, "127.0.0.1", memory, slots, None)
@@ -149,6 +152,7 @@ class SavingNode:
         member = Member(NODE, Incarnation("a"), "127.0.0.1", self._count, Rank(0))
         formation = Formation(Term(1), Generation(self.generation), (member,), None, NONCE)
         self._commits.follow(formation)
+        self._formation, self._holdings = formation, Holdings()
         return list(self._ranks.begin(formation, ("127.0.0.1", 1)))
 
     def _worker(self, rank: int, name: str) -> Worker:
@@ -202,6 +206,19 @@ class SavingNode:
         directory = self.root / checkpoint_name(Step(step), Generation(self.generation))
         assert verify(directory, RUN) == []
         assert_same(load(directory, run=RUN), saved)
+
+    @property
+    def held(self) -> Step | None:
+        """The newest step that is complete in memory."""
+        held = self._holdings.held
+        return None if held is None else held.snapshot.step
+
+    def persist(self, step: int) -> None:
+        """Have what is held written once more, as before the run leaves."""
+        snapshot = CheckpointRef(Step(step), Generation(self.generation))
+        nonce = self._commits.attempt(snapshot, anew=False)
+        assert self._formation is not None
+        self.snapshots.persist(Persist(Term(1), snapshot, self._formation.members, (NODE,), nonce))
 
     def retain(self, lineage: tuple[CheckpointRef, ...]) -> None:
         """As the leader has it done when its term was renewed after a commit."""
@@ -264,10 +281,22 @@ class SavingNode:
         match event:
             case NodeReported():
                 self.reports.append(event)
-            case SnapshotTaken(generation=generation, step=step, in_memory=in_memory):
-                self._taken.add((generation, step))
-                if in_memory:
-                    self.snapshots.keep(generation, step)
+            case SnapshotTaken() | SnapshotDropped():
+                formation = self._formation
+                assert formation is not None
+                if event.generation == formation.generation:
+                    self._loop.call_soon(self._order, formation, event)
+
+    def _order(self, formation: Formation, event: SnapshotTaken | SnapshotDropped) -> None:
+        known = self._holdings
+        if isinstance(event, SnapshotTaken):
+            self._holdings = known.took(event, formation)
+        else:
+            self._holdings = known.dropped(event)
+        if (safe := self._holdings.safe) is not None:
+            self.snapshots.keep(safe.snapshot.generation, safe.snapshot.step)
+        for step, written in self._holdings.useless(formation).items():
+            self.snapshots.forget(formation.generation, step, written=written)
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         ((kind, about),) = message.items()
@@ -278,15 +307,13 @@ class SavingNode:
             case "skipped":
                 self._commits.skipped(generation, step, rank, about["reason"])
             case "save_failed":
-                self._commits.failed(generation, step, rank, about["reason"])
+                self._commits.failed(generation, step, rank, about["reason"], about.get("nonce", ""))
 
     def _deliver(self, event: Event) -> None:
         self._loop.call_soon_threadsafe(self._hear_of, event)
 
     def _hear_of(self, event: Event) -> None:
         self._events.put_nowait(event)
-        if isinstance(event, CheckpointFailed) and (event.generation, event.step) not in self._taken:
-            self.snapshots.forget(event.generation, event.step)
 
 
 @asynccontextmanager

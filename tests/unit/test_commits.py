@@ -132,6 +132,47 @@ def test_what_is_reported_again_is_committed_once(tmp_path: Path) -> None:
     assert [getattr(event, "checkpoint", event) for event in events] == [ref(100), ref(200)]
 
 
+def test_what_is_in_memory_can_be_written_once_more(tmp_path: Path) -> None:
+    """A state of which some file could not be written, tried again under another nonce."""
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(1, None))
+        state = flatten(training_state(100))
+        first = save(tmp_path, state, 100, world_size=WORKERS)
+        commits.reported(Generation(1), Step(100), Rank(0), first[0].to_json())
+        commits.failed(Generation(1), Step(100), Rank(1), "no space left")
+        assert isinstance(next_event(), CheckpointFailed)
+        assert commits.has_failed(ref(100))
+        member = formation(1, None).members
+        commits.follow(replace(formation(2, ref(100)), memory=member))
+        assert commits.has_failed(ref(100))
+        nonce = commits.attempt(ref(100), anew=False)
+        assert nonce not in (NONCE, commits.attempt(ref(100), anew=True)), "each attempt has its own"
+        nonce = commits.attempt(ref(100), anew=False)
+        assert not commits.has_failed(ref(100))
+        commits.reported(Generation(1), Step(100), Rank(0), first[0].to_json())  # late, of the first attempt
+        commits.failed(Generation(1), Step(100), Rank(1), "no space left")
+        for rank, shard in enumerate(save(tmp_path, state, 100, world_size=WORKERS, nonce=nonce)):
+            commits.reported(Generation(1), Step(100), Rank(rank), shard.to_json())
+        done = next_event()
+        assert isinstance(done, CheckpointCommitted) and done.checkpoint == ref(100)
+        assert commits.attempt(ref(100), anew=False) == nonce, "nothing is left to be tried"
+    assert left(tmp_path) == [(100, 1)]
+    assert unfinished(tmp_path) == []
+
+
+def test_a_commit_that_fails_can_be_tried_again(tmp_path: Path) -> None:
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(1, None))
+        shards = save(tmp_path, flatten(training_state(100)), 100, world_size=WORKERS)
+        for path in tmp_path.glob(".tmp-*/*.safetensors"):
+            path.unlink()
+        for rank, shard in enumerate(shards):
+            commits.reported(Generation(1), Step(100), Rank(rank), shard.to_json())
+        assert isinstance(next_event(), CheckpointFailed)
+        assert commits.has_failed(ref(100))
+        assert commits.attempt(ref(100), anew=False) != NONCE
+
+
 def test_what_the_lineage_does_not_know_yet_stays(tmp_path: Path) -> None:
     """The next commit is through before the world has answered to the last one."""
     with thread(tmp_path, keep=1) as (commits, next_event):

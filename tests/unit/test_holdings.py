@@ -41,6 +41,24 @@ def test_what_one_rank_has_only_written_is_taken_and_not_held() -> None:
     assert mixed.all_took(Step(10), FIRST) and mixed.held is None
 
 
+def test_what_nobody_can_start_from_is_useless() -> None:
+    assert taken(10, A).useless(FIRST) == {}, "the other one may still come"
+    assert taken(10, A, B).useless(FIRST) == {}
+    mixed = taken(10, B, in_memory=False, known=taken(10, A))
+    assert mixed.useless(FIRST) == {10: True}, "it is being written, and saved by all"
+    passed = taken(11, B, known=taken(10, A))
+    assert passed.useless(FIRST) == {10: False}, "ranks come to steps in order"
+    failed = taken(10, A).dropped(SnapshotDropped(B.node, Generation(1), Step(10)))
+    assert failed.useless(FIRST) == {10: False}
+    assert failed.all_took(Step(10), FIRST), "nobody will come back to it"
+    again = taken(10, B, known=failed)  # its other rank's copy, or said once more
+    assert again.useless(FIRST) == {10: False} and again.held is None
+    many = failed
+    for step in range(11, 11 + KNOWN):
+        many = taken(step, A, B, known=many)
+    assert many.useless(FIRST) == {}
+
+
 def test_the_slowest_node_says_for_how_long_a_copy_stopped_training() -> None:
     known = Holdings()
     for member, seconds in ((A, 0.5), (B, 0.2)):

@@ -294,7 +294,7 @@ def test_older_copies_of_guests_go_and_late_ones_do_not_stay(tmp_path: Path) -> 
             await a.copies(35)
             await until(lambda: bool(alone(a)))
             assert alone(a) == ["step 35 is of no use any more"]
-            order = Persist(Term(1), CheckpointRef(Step(20), Generation(1)), (a.member,), (NodeId("b"),))
+            order = Persist(Term(1), CheckpointRef(Step(20), Generation(1)), (a.member,), (NodeId("b"),), "00bb")
             b.snapshots.persist(order)
             assert b.told[-1][1]["save_failed"]["reason"] == "its copy is not in memory any more"
 

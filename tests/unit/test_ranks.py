@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from hpcft.config import Config
-from hpcft.events import Event, FailureKind, Formation, Member, Progressed, WorkerReturned, WorkersReady
+from hpcft.events import (
+    Event,
+    FailureKind,
+    Formation,
+    Member,
+    Progressed,
+    SnapshotDropped,
+    WorkerReturned,
+    WorkersReady,
+)
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 from hpcft.page import NodePage, Phase
 from hpcft.ranks import Assignment, Ranks, failure_of
@@ -75,7 +84,7 @@ def test_all_that_counts_is_said_again(page: NodePage) -> None:
     agent.messages.clear()
 
     agent.ranks.repeat()
-    assert [type(event) for event in agent.events] == [Progressed, WorkersReady, WorkerReturned]
+    assert [type(event) for event in agent.events] == [Progressed, SnapshotDropped, WorkersReady, WorkerReturned]
     assert agent.messages == [
         {"shard": {"generation": 3, "rank": 2, "step": 9, "report": {"step": 9}, "blocked": 0.5}},
         {"save_failed": {"generation": 3, "rank": 3, "step": 9, "reason": "disk full"}},
