@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 
 from hpcft import stream, terms
-from hpcft.events import CheckpointCommitted, CheckpointRef, CheckpointsFound, NodeJoined, Prepare, Termination
+from hpcft.events import (
+    CheckpointCommitted,
+    CheckpointRef,
+    CheckpointsFound,
+    Forget,
+    Keep,
+    NodeJoined,
+    Prepare,
+    SnapshotDropped,
+    SnapshotTaken,
+    Termination,
+)
 from hpcft.ids import Generation, Incarnation, NodeId, RunId, Step, Term
 from hpcft.journal import PROGRESS_SECONDS, Replayed
 from hpcft.leader import SILENT_SLACK_SECONDS, Leader, Office, SteppedDown, _missed
@@ -209,3 +220,26 @@ async def test_whoever_joins_hears_of_the_last_formation_whatever_the_phase(tmp_
     leader._journal.close()
     orders = [decode_order(message["order"]) for message in said if "order" in message]
     assert [type(order) for order in orders] == [Prepare]
+
+
+async def test_whoever_joins_hears_again_which_copies_are_of_use(tmp_path: Path) -> None:
+    """An order that was lost with a connection would leave its node without memory for the next copy."""
+    leader = a_leader(RunDirectory(tmp_path), Busy())
+    leader.world = replace(training(step=10), phase=Phase.RUNNING)
+    formation = leader.world.formation
+    assert formation is not None
+    nodes = [member.node for member in formation.members]
+    for step, in_memory in ((10, True), (11, False)):
+        for node in nodes:
+            leader.feed(SnapshotTaken(node, formation.generation, Step(step), in_memory))
+    leader.feed(SnapshotDropped(nodes[0], formation.generation, Step(12)))
+    said: list[Mapping[str, Any]] = []
+    leader.join(NodeJoined(nodes[0], formation.members[0].incarnation, "10.0.0.9", 1, 7000), said.append)
+    leader._journal.close()
+    orders = [decode_order(message["order"]) for message in said if "order" in message]
+    term, generation = Term(2), formation.generation
+    assert orders[-3:] == [
+        Keep(term, generation, Step(10)),
+        Forget(term, generation, Step(11), True),
+        Forget(term, generation, Step(12), False),
+    ]
