@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcft import durable
-from hpcft.checkpoint.layout import LATEST, MANIFEST, parse_name, seal, sidecar_name, staging_name
+from hpcft.checkpoint.layout import LATEST, MANIFEST, parse_name, seal, sidecar_name, staging_name, unseal
 from hpcft.checkpoint.manifest import Manifest, Metric, ShardReport, Sidecar
 from hpcft.checkpoint.read import read_latest, read_manifest
 from hpcft.errors import DamagedError, HpcftError, NotFoundError, UnusableError
@@ -65,19 +65,23 @@ def commit(root: Path, reports: Sequence[ShardReport], facts: Facts) -> Committe
     name, nonce = _agreed(reports)
     staging, target = root / staging_name(name, nonce), root / name
     step = "reading what the ranks wrote"
+    joined, written = None, b""
     try:
         if not _is_ours(target, nonce):
             if not _is_ours(staging, nonce):
-                manifest = _join(staging, reports, facts)
-                step = "writing the manifest"
-                durable.replace(staging / MANIFEST, manifest.to_bytes())
+                joined = _join(staging, reports, facts)
+                step, written = "writing the manifest", joined.to_bytes()
+                durable.replace(staging / MANIFEST, written)
             step = "removing the sidecars"
-            _remove_others(staging)
+            _remove_others(staging, joined or read_manifest(staging)[0])
             step = "giving the directory its name"
             _rename(staging, target, nonce)
         durable.sync_directory(root)
         step = "reading it back"
-        manifest, digest = read_manifest(target, facts.run)
+        if joined is not None and (target / MANIFEST).read_bytes() == written:
+            manifest, digest = joined, unseal("manifest", written)[1]  # of many tensors, parsing it would take long
+        else:
+            manifest, digest = read_manifest(target, facts.run)
     except CommitError:
         raise
     except HpcftError as error:  # damaged; or gone, swept by the leader of a later generation
@@ -172,9 +176,8 @@ def _join(staging: Path, reports: Sequence[ShardReport], facts: Facts) -> Manife
     return manifest
 
 
-def _remove_others(staging: Path) -> None:
+def _remove_others(staging: Path, manifest: Manifest) -> None:
     """Whatever the manifest does not name: the sidecars, and what a killed try may have left."""
-    manifest, _ = read_manifest(staging)
     kept = {MANIFEST, *(entry.name for entry in manifest.files)}
     for path in list(staging.iterdir()):
         if path.name not in kept:

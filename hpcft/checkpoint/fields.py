@@ -49,7 +49,8 @@ class Fields:
 
     def wholes(self, key: str) -> tuple[int, ...]:
         value = self._table.get(key)
-        if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+        # ten thousand tensors have thirty thousand of these lists
+        if not isinstance(value, list) or not {*map(type, value)} <= {int} or min(value, default=0) < 0:
             raise self._wrong(key, "a list of whole numbers")
         return tuple(value)
 

@@ -176,14 +176,15 @@ _Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _tiles(boxes: Sequence[_Box], shape: tuple[int, ...]) -> bool:
+    if len(boxes) == 1:
+        return boxes[0] == ((0,) * len(shape), shape)
     if any(
         len(offsets) != len(shape) or len(extent) != len(shape) or min((*offsets, *extent), default=0) < 0
         for offsets, extent in boxes
     ):
         return False
     if prod(shape) == 0 or not shape:
-        # Nothing to cover, or a single number: stored once, as it is.
-        return len(boxes) == 1 and boxes[0][1] == shape and not any(boxes[0][0])
+        return False  # nothing to cover, or a single number: stored once, as it is
     return all(prod(extent) for _, extent in boxes) and _tiles_from(boxes, shape)
 
 
