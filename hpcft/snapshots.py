@@ -186,6 +186,8 @@ class _Share:
     """Slots of another size, that go when their copies do."""
     plan: int | None = None
     """Memory file with what the copies of this worker are."""
+    planned: int = 0
+    """Bytes of such a copy."""
     refused: str = ""
 
     @property
@@ -383,7 +385,7 @@ class Snapshots:
         share = self._shares[number]
         if share.plan is not None:
             os.close(share.plan)
-        share.plan = plan
+        share.plan, share.planned = plan, size
         self._run(share.disk.warm(), f"warm-{share.rank}")
         self._run(self._provide(share, size), f"reserve-{share.rank}")
 
@@ -438,8 +440,17 @@ class Snapshots:
     def copied(self, number: int, message: Mapping[str, Any], values: int | None) -> None:
         """The copy of a step is in the slot; `values` is a memory file, taken over."""
         share, formation = self._shares[number], self._formation
-        assert formation is not None and share.plan is not None
-        slot = share.slots[message["slot"]]
+        assert formation is not None
+        at, size = message["slot"], message["size"]
+        if share.plan is None or size != share.planned or not 0 <= at < len(share.slots):
+            # not what was agreed on: with the plan of another copy, it would become a checkpoint of something else
+            if values is not None:
+                os.close(values)
+            reason = f"a copy of {size} bytes in arena {at} does not fit the plan of {share.planned} bytes"
+            about = {"generation": formation.generation, "rank": share.rank, "step": Step(message["step"])}
+            self._tell(share.rank, {"save_failed": {**about, "reason": reason}})
+            return
+        slot = share.slots[at]
         share.empty(slot)
         slot.copy = copy = _Copy(formation, share.rank, message, os.dup(share.plan), values)
         if copy.step in self._forgotten:

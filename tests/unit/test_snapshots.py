@@ -282,6 +282,22 @@ async def test_arenas_outlive_their_worker_and_what_a_generation_left_unwritten_
     assert node.left() == [1, 2]
 
 
+@pytest.mark.parametrize(("slot", "more"), [(2, 0), (-1, 0), (0, 4096), (0, -1)])
+async def test_a_copy_that_is_not_what_was_agreed_on_is_a_failed_save(place: Path, slot: int, more: int) -> None:
+    """Of an arena that there is not, or of another plan: it must neither end the agent nor become a checkpoint."""
+    async with saving_node(place) as node:
+        node.begin(model=Everything())
+        await node.prepare()
+        size = node.snapshots._shares[0].planned + more
+        reader, writer = os.pipe()  # to see that the agent does not keep what came along
+        node.workers[0].link.say_snapshot({"slot": slot, "size": size, "step": 1}, writer)
+        event = await node.outcome()
+        assert isinstance(event, CheckpointFailed) and "does not fit the plan" in event.reason
+        assert os.read(reader, 1) == b""
+        os.close(reader)
+        await node.committed(2, await node.save(2))
+
+
 V1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
