@@ -5,16 +5,19 @@ What the agent frees may be written again; until then a slot is the agent's. Not
 On a GPU the copy runs on a stream of its own, behind everything that the step has queued, into memory that is
 registered with CUDA once. Parameters and optimizer state must not change before it is done: the optimizer's next step
 waits for it, on the device (`guard`). Everything else may change before that, in the next forward pass, and is copied
-in the order of the program's own work.
+in the order of the program's own work. A parameter that changes otherwise meanwhile spoils the copy: it is given up,
+and the save has failed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
+import os
+import sys
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +29,14 @@ from hpcft.checkpoint.image import Image
 from hpcft.checkpoint.manifest import metrics_to_json
 from hpcft.checkpoint.pieces import Piece
 from hpcft.checkpoint.tree import DTYPES, FlatState
-from hpcft.checkpoint.write import Plan, Words
+from hpcft.checkpoint.write import Plan, SaveError, Words
+from hpcft.ids import Step
+from hpcft.worker.device import Flight, SideStream, changes_of
 from hpcft.worker.link import Link
 
 ANSWER_SECONDS = 300.0
 """How long the agent may take to make arenas: a second per GiB, and more where memory has to be found first."""
+_UNHEARD = "the agent was not told of the copy"
 _TORCH_SPLITS = 32_768
 """Elements: above, torch's copy is done by as many threads as the program has given it."""
 _WAIT_SECONDS = 0.5
@@ -53,7 +59,6 @@ class Arenas:
 
     def __init__(self, link: Link, device: torch.device) -> None:
         self._link = link
-        self._device = device
         self._plan: Plan | None = None
         self._image: Image | None = None
         self._slots: tuple[_Slot, ...] = ()
@@ -62,24 +67,37 @@ class Arenas:
         """Questions that the agent has not answered yet; what it says to the last one counts."""
         self.refused: str | None = None
         """Why the agent has no memory for a copy."""
-        self._stream: torch.cuda.Stream | None = None
-        self._copying: torch.cuda.Event | None = None
+        self._side = SideStream(device) if device.type == "cuda" else None
+        self._flights: list[Flight] = []
+        """Copies that the device has not finished, or that are not said yet; in their order."""
 
     def prepare(self, plan: Plan, image: Image) -> None:
-        """Ask for memory for a share like this, unless it is there. Does not wait."""
+        """Ask for memory for a share like this, unless it is there. Waits for copies that a device still makes.
+
+        NoArenas: the agent does not listen.
+        """
         if self._plan == plan:
             return
+        said = memory_file("hpcft-plan", plan.to_bytes())
         self._give_up()
+        if not self._link.say_reserve(plan.size, said):
+            raise NoArenas("the agent was not asked for any")
         self._plan, self._image = plan, image
         self._asked += 1
-        self._link.say_reserve(plan.size, memory_file("hpcft-plan", plan.to_bytes()))
+
+    def finish(self) -> None:
+        """Wait until all copies are there, and the agent was told so. Ends this process if its lease runs out."""
+        for flight in self._flights:
+            flight.land(self._link.check_lease)
+        self._flights.clear()
 
     def _give_up(self) -> None:
+        self.finish()  # the device writes there; and what is said of a copy belongs to the plan that was said before
         for slot in self._slots:
-            if self._device.type == "cuda":
-                _unpin(slot.arena)
+            if self._side is not None:
+                self._side.unpin(slot.arena)
             slot.arena.close()
-        self._slots, self.refused = (), None
+        self._slots, self._plan, self._image, self.refused = (), None, None, None
         self._free.clear()
 
     def has_room(self) -> bool:
@@ -93,7 +111,7 @@ class Arenas:
         return bool(self._free)
 
     def take(self) -> int:
-        """A slot that may be written, as soon as there is one.
+        """A slot that may be written, as soon as there is one: to be copied into, or put back.
 
         Raises:
             NoArenas: the agent has none for this rank.
@@ -110,63 +128,105 @@ class Arenas:
             self._link.check_lease()
             self._hear(_WAIT_SECONDS)
 
+    def put_back(self, slot: int) -> None:
+        """Nothing has become of the copy: the slot may be taken again."""
+        self._free.append(slot)
+
     def answered(self) -> bool:
-        """Whether the agent has answered; what it has made is mapped here."""
+        """Whether the agent was asked and has answered; what it has made is mapped here."""
         self._hear(0.0)
-        return self._asked == 0
+        return self._plan is not None and self._asked == 0
 
     def copy(
-        self, slot: int, flat: FlatState, later: Collection[str], began: float, about: Mapping[str, Any], words: Words
+        self,
+        slot: int,
+        flat: FlatState,
+        later: Mapping[str, Tensor | None],
+        began: float,
+        about: Mapping[str, Any],
+        words: Words,
     ) -> None:
         """Copy the share of `flat` into the slot, and tell the agent when it is there.
 
-        `later`: names of the tensors that only an optimizer's step changes, before which comes `guard`. `began`: when
-        the save did (monotonic); from then until this returns, training stands still.
+        `later`: the tensors that only an optimizer's step changes, before which comes `guard`; by name, with what
+        counts their changes if they do not themselves. `began`: when the save did (monotonic); from then until this
+        returns, training stands still.
+
+        Whatever it raises, the slot is still the caller's. SaveError: the agent does not listen.
         """
         chosen, plan, image = self._slots[slot], self._plan, self._image
         assert plan is not None and image is not None
         chosen.arena.view[: len(image.header)] = image.header
 
-        def say(blocked: float) -> None:
-            values = None if words.values is None else memory_file("hpcft-values", words.values)
-            own = {"slot": slot, "size": plan.size, "blocked": blocked, "metrics": metrics_to_json(words.metrics or {})}
-            said = {**own, "position": words.position, "versions": words.versions, **about}
-            self._link.say_snapshot(said, values)
+        said = {
+            **about,
+            "slot": slot,
+            "size": plan.size,
+            "position": words.position,
+            "versions": words.versions,
+            "metrics": metrics_to_json(words.metrics or {}),
+        }
+        values = None if words.values is None else memory_file("hpcft-values", words.values)
 
-        if self._device.type != "cuda":
+        def say(blocked: float) -> bool:
+            return self._link.say_snapshot({**said, "blocked": blocked}, values)
+
+        def landed(why: str, since: float) -> None:
+            if why and values is not None:
+                os.close(values)
+            why = why or ("" if say(since - began) else _UNHEARD)
+            if why:
+                self.put_back(slot)
+                print(f"hpcft: the copy of step {about['step']} failed: {why}", file=sys.stderr)
+                self._link.say_save_failed(Step(about["step"]), why)
+
+        try:
+            if self._side is not None:
+                self._fly(self._side, chosen, flat, later, landed)
+                return
             for place, piece in chosen.places:
                 _copy(place, flat.part(piece))
-            say(time.monotonic() - began)
-            return
-        # what else may change is copied first, in the order of the program's own work, which the stream then waits for
+        except BaseException:
+            if values is not None:
+                os.close(values)
+            raise
+        if not say(time.monotonic() - began):
+            raise SaveError(_UNHEARD)
+
+    def _fly(
+        self,
+        side: SideStream,
+        chosen: _Slot,
+        flat: FlatState,
+        later: Mapping[str, Tensor | None],
+        landed: Callable[[str, float], None],
+    ) -> None:
+        first, beside, counted = [], [], {}
         for place, piece in chosen.places:
-            if piece.name not in later:
-                place.copy_(flat.part(piece), non_blocking=True)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            for place, piece in chosen.places:
-                if piece.name in later:
-                    source = flat.part(piece)
-                    place.copy_(source, non_blocking=True)
-                    source.record_stream(self._stream)
-            self._copying = copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(self._stream)
-
-        blocked = time.monotonic() - began
-
-        def say_when_done() -> None:
-            copied.synchronize()
-            say(blocked)
-
-        threading.Thread(target=say_when_done, name="hpcft-copied", daemon=True).start()
+            if piece.name in later:
+                beside.append((place, flat.part(piece)))
+                tensor = later[piece.name]
+                tensor = flat.tensors[piece.name] if tensor is None else tensor
+                counted[piece.name] = tensor, changes_of(tensor)
+            else:
+                first.append((place, flat.part(piece)))
+        self._flights = [each for each in self._flights if not each.over]
+        before = self._flights[-1] if self._flights else None
+        try:
+            copied = side.start(first, beside)
+            sources = [source for _, source in (*first, *beside)]
+            self._flights.append(Flight(copied, sources, counted, landed, before))
+        except BaseException:
+            with suppress(RuntimeError):  # what it was, most likely
+                side.drain()  # nothing may be on its way into a slot that somebody takes
+            raise
 
     def guard(self) -> None:
-        """Before parameters change: the device waits for the copy of them, if one is on its way."""
-        if self._copying is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._copying)
-            self._copying = None
+        """Before parameters change: the device waits for the copies of them that are on their way."""
+        for flight in self._flights:
+            if self._side is not None and not flight.guarded:
+                self._side.hold_back(flight.copied)
+                flight.guard()
 
     def _hear(self, seconds: float) -> None:
         while (heard := self._link.hear(seconds)) is not None:
@@ -180,18 +240,28 @@ class Arenas:
                     self.refused = None if self._asked else reason
                 case {"kind": "free", "slot": int() as slot}:
                     self._free.append(slot)
+                case _:  # copies to start from, say, of a program that does not ask for them
+                    _close_all(fds)
 
     def _map(self, size: int, fds: Sequence[int], free: Sequence[int]) -> None:
-        arenas = [Arena(fd) for fd in fds]
         self._asked -= 1
         if self._asked or self._plan is None or self._image is None or size != self._plan.size:
-            for arena in arenas:  # of an earlier question
-                arena.close()
+            _close_all(fds)  # of an earlier question
             return
-        for arena in arenas:
-            arena.touch()
-            if self._device.type == "cuda":
-                _pin(arena)
+        arenas: list[Arena] = []
+        try:
+            for fd in fds:
+                arena = Arena(fd)
+                arenas.append(arena)
+                arena.touch()
+                if self._side is not None:
+                    self._side.pin(arena)
+        except OSError as error:
+            for arena in arenas:
+                arena.close()
+            _close_all(fds[len(arenas) :])
+            self.refused = f"the agent's memory could not be mapped: {error.strerror}"
+            return
         self._slots = tuple(_Slot(arena, _places(arena, self._image)) for arena in arenas)
         self._free = deque(free)  # what was said free before is one of them, or of earlier arenas
 
@@ -215,14 +285,6 @@ def _copy(place: Tensor, source: Tensor) -> None:
         place.copy_(source)
 
 
-def _pin(arena: Arena) -> None:
-    """Let the device write there by itself. Where it may not, copies are slower, and right all the same."""
-    memory = torch.frombuffer(arena.view, dtype=torch.uint8)
-    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if status := cudart.cudaHostRegister(memory.data_ptr(), arena.size, 0):
-        print(f"hpcft: {arena.size} bytes could not be registered with CUDA ({status}): copies will be slower")
-
-
-def _unpin(arena: Arena) -> None:
-    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    cudart.cudaHostUnregister(torch.frombuffer(arena.view, dtype=torch.uint8).data_ptr())
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

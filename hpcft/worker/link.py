@@ -63,13 +63,17 @@ class Link:
         """Group formed, state in place: the first step may start."""
         self._say({"kind": "ready"})
 
-    def say_reserve(self, size: int, plan: int) -> None:
-        """Asks for arenas; `plan` is a memory file that says what they are for, and is closed."""
-        self._say({"kind": "reserve", "size": size}, plan)
+    def say_reserve(self, size: int, plan: int) -> bool:
+        """Asks for arenas; `plan` is a memory file that says what they are for, and is closed. False: nobody
+        listens."""
+        return self._say({"kind": "reserve", "size": size}, plan)
 
-    def say_snapshot(self, about: Mapping[str, Any], values: int | None) -> None:
-        """A copy of this rank's share is in its arena; `values` is a memory file with what is no tensor."""
-        self._say({"kind": "snapshot", **about}, values)
+    def say_snapshot(self, about: Mapping[str, Any], values: int | None) -> bool:
+        """A copy of this rank's share is in its arena; `values` is a memory file with what is no tensor, and is closed.
+
+        False: the agent was not told, so the arena is not its own.
+        """
+        return self._say({"kind": "snapshot", **about}, values)
 
     def say_skipped(self, step: Step, reason: str) -> None:
         """This rank takes no part in the save of `step`."""
@@ -112,14 +116,17 @@ class Link:
             return None
         return orjson.loads(packet), fds
 
-    def _say(self, message: dict[str, Any], fd: int | None = None) -> None:
-        """Never raises: an agent that does not listen is gone, or about to end this process. Closes `fd`."""
+    def _say(self, message: dict[str, Any], fd: int | None = None) -> bool:
+        """Whether it was said, if there is somebody to talk to. Closes `fd`.
+
+        Never raises: an agent that does not listen is gone, or about to end this process.
+        """
         try:
             if self._channel is None:
-                return
+                return True
             if _ready(self._channel, select.POLLOUT, _SEND_SECONDS):
                 socket.send_fds(self._channel, [orjson.dumps(message)], [] if fd is None else [fd])
-                return
+                return True
             reason = f"it has not listened for {_SEND_SECONDS:.0f} s"
         except OSError as error:
             reason = error.strerror or str(error)
@@ -127,6 +134,7 @@ class Link:
             if fd is not None:
                 os.close(fd)
         print(f"hpcft: the agent was not told {message['kind']!r}: {reason}", file=sys.stderr)
+        return False
 
 
 def _ready(channel: socket.socket, event: int, seconds: float) -> bool:

@@ -124,7 +124,8 @@ class Run:
         self._order: Order | None = None
         self._due = _NEVER
         self._look_at = _NEVER
-        """From this step on, it is asked for memory for copies."""
+        """From this step on, it is looked whether there is memory for copies."""
+        self._asked_for_memory = False
         self._loss = _Loss()
         self._samples = 0
         self._tokens = 0
@@ -210,6 +211,10 @@ class Run:
         Everything else (buffers, schedulers, objects of your own) is saved as rank 0 has it, and is rank 0's on every
         rank afterwards. A random generator that differs by rank is none of it: make it anew in each step, from
         `(run.seed, run.step, run.rank)`.
+
+        On a GPU parameters and optimizer state may still be being copied after `update`, until an optimizer's next step
+        begins. What else changes them in place (clipping weights, say) belongs into `register_step_post_hook` of the
+        optimizer. Elsewhere it spoils the save, which is given up when the change is seen; through `.data` it is not.
 
         UsageError: an object without a state. RestoreError: the checkpoint holds other objects. StateError: a state
         that cannot be saved.
@@ -426,7 +431,8 @@ class Run:
 
     def _look_for_memory(self, step: int) -> None:
         """After the first step of this generation the optimizers have their state, so that it is known how much."""
-        if step == self._look_at:
+        if not self._asked_for_memory:
+            self._asked_for_memory = True
             self._saving.prepare()
         self._look_at = _NEVER if self._saving.prepared() else step + 1
 
@@ -458,6 +464,7 @@ class Run:
             self._link.check_lease()
             time.sleep(_HOLD_SECONDS)
         if word == LET_GO.word:
+            self._saving.finish()
             self._stopped, self._training = True, False
             raise Stopped
         self._see_order()
@@ -472,6 +479,7 @@ class Run:
         if restore is not None and restore.memory and restore.step == self._step:
             self._saving.last = None  # where it came from may never have become durable
         self._saving.save(Step(self._step))
+        self._saving.finish()  # with this process, a copy that its device still makes would be lost
         self._enter(Phase.DONE)
         self._link.say_returned(Step(self._step))
 

@@ -97,8 +97,8 @@ class Saving:
         self._index: Mapping[str, TensorShape] = {}
         self._boxes: Mapping[str, Box] = {}
         self._planned: tuple[Plan, Image]
-        self._later: frozenset[str] = frozenset()
-        """Tensors that nothing but an optimizer's step changes."""
+        self._later: Mapping[str, Tensor | None] = {}
+        """Tensors that nothing but an optimizer's step changes, with what counts their changes (see `Arenas.copy`)."""
         self._objects: dict[str, Stateful] = {}
         self._data: Data | None = None
         self._ledger: LedgerWriter | None = None
@@ -123,9 +123,23 @@ class Saving:
                     each.register_step_pre_hook(lambda *_: arenas.guard())
 
     def prepare(self) -> None:
-        """The state is complete now (optimizers have theirs after the first step): have memory made for its copies."""
-        if self._arenas is not None and self._objects:
+        """The state is complete now (optimizers have theirs after the first step): have memory made for its copies.
+
+        Never raises, as `save`: what cannot be prepared now, the first save tries again.
+        """
+        if self._arenas is None or not self._objects:
+            return
+        try:
             self._arenas.prepare(*self._plan(flatten(self._state(Step(0)))))
+        except Exception as error:  # whatever it is must not end the training; in a save it is an incident
+            if not isinstance(error, HpcftError):
+                traceback.print_exc()
+            print(f"hpcft: no memory for copies was asked for yet, the next save will: {error}", file=sys.stderr)
+
+    def finish(self) -> None:
+        """Wait until the copies that a device makes by itself are there, and the agent knows."""
+        if self._arenas is not None:
+            self._arenas.finish()
 
     def prepared(self) -> bool:
         """Whether it is known if there is such memory. UsageError: there is none, and without it nothing is trained."""
@@ -226,12 +240,16 @@ class Saving:
             slot = arenas.take()
         except NoArenas:
             return False
-        ledger = None if self._ledger is None else str(self._ledger.path)
-        words = words_of(self._spec.rank, flat, self._position(), self.metrics)
+        try:
+            ledger = None if self._ledger is None else str(self._ledger.path)
+            words = words_of(self._spec.rank, flat, self._position(), self.metrics)
+            about = {"step": step, "durable": durable, "ledger": ledger, "replica": self._compared(flat)}
+            arenas.copy(slot, flat, self._later, began, about, words)
+        except BaseException:
+            arenas.put_back(slot)
+            raise
         if durable:
             self.metrics = {}
-        about = {"step": step, "durable": durable, "ledger": ledger, "replica": self._compared(flat)}
-        arenas.copy(slot, flat, self._later, began, about, words)
         return True
 
     def _compared(self, flat: FlatState) -> tuple[Rank, str] | None:
@@ -293,16 +311,21 @@ class Saving:
         own = {"step": step, "seed": spec.seed, "generation": spec.generation, "world_size": spec.world_size}
         return {OWN: own, **{name: each.state_dict() for name, each in self._objects.items()}}
 
-    def _stepped(self, names: Iterable[str]) -> frozenset[str]:
-        """Of these tensors, those that nothing but a step of one of the optimizers changes."""
+    def _stepped(self, names: Iterable[str]) -> Mapping[str, Tensor | None]:
+        """Of these tensors, those that nothing but a step of one of the optimizers changes.
+
+        Not its settings: a learning rate that is a tensor is set by others. A DTensor counts the changes of its parts.
+        """
         optimizers = {name: each for name, each in self._objects.items() if isinstance(each, Optimizer)}
         stepped = {id(p) for each in optimizers.values() for group in each.param_groups for p in group["params"]}
-        found = {name for name in names if name.partition(".")[0] in optimizers}
+        own = tuple(f"{name}.state." for name in optimizers)
+        found: dict[str, Tensor | None] = {name: None for name in names if name.startswith(own)}
         for name, each in self._objects.items():
             if isinstance(each, nn.Module):
-                parameters = each.named_parameters(remove_duplicate=False)
-                found |= {f"{name}.{parameter}" for parameter, held in parameters if id(held) in stepped}
-        return frozenset(found)
+                for parameter, held in each.named_parameters(remove_duplicate=False):
+                    if id(held) in stepped:
+                        found[f"{name}.{parameter}"] = held if is_sharded(held) else None
+        return found
 
     def _pinned(self, names: Iterable[str]) -> set[str]:
         """Of these tensors, all but those that every rank has alike: parameters and the optimizers' state."""
