@@ -22,7 +22,7 @@ import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -94,6 +94,19 @@ class FlatState:
             for box in (self.boxes.get(name),)
         }
 
+    def has(self, index: Mapping[str, TensorShape]) -> bool:
+        """Whether this is its index, whatever the order. Several times as fast as making one and comparing."""
+        if len(index) != len(self.tensors):
+            return False
+        for name, tensor in self.tensors.items():
+            known = index.get(name)
+            if known is None or DTYPE_NAMES[tensor.dtype] != known.dtype:
+                return False
+            box = self.boxes.get(name)
+            if (tensor.shape if box is None else box.shape) != known.shape:
+                return False
+        return True
+
     def part(self, piece: Piece) -> Tensor:
         """What a piece holds, a view; it has to lie in what this rank has of its tensor."""
         tensor = self.tensors[piece.name]
@@ -152,17 +165,17 @@ class _Encoder:
     def encode(self, value: object, path: _Path) -> Json:
         # The exact type counts: a subclass (a namedtuple, an enum) would come back as something else.
         kind = type(value)
-        if value is None or kind is bool:
-            return value  # type: ignore[return-value]
         if isinstance(value, Tensor):
             return self._tensor(value, path)
+        if value is None or kind is bool:
+            return value  # type: ignore[return-value]
+        encode = _SCALARS.get(kind)
+        if encode is not None:
+            return encode(value)
         if isinstance(value, np.ndarray):
             return self._array(value, path)
         if isinstance(value, np.generic):
             return {"numpy": [_numpy_type(value.dtype, path), value.tobytes().hex()]}
-        encode = _SCALARS.get(kind)
-        if encode is not None:
-            return encode(value)
         if kind not in _CONTAINERS:
             raise StateError(
                 f"state[{_spell(path)}] is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot keep",
@@ -216,7 +229,7 @@ class _Encoder:
     def _tensor(self, tensor: Tensor, path: _Path) -> Json:
         if not is_sharded(tensor):
             stored, note = _stored(tensor, path)
-            return {"tensor": self._name(path, stored), **note}
+            return {"tensor": self._name(path, stored), **note} if note else {"tensor": self._name(path, stored)}
         where = f"state[{_spell(path)}]"
         layout, local = split(tensor)
         stored, note = _stored(local, path)
@@ -262,7 +275,9 @@ class _Encoder:
         return {"array": leaf, "numpy": kind}
 
     def _name(self, path: _Path, tensor: Tensor) -> str:
-        plain = ".".join(str(key) for key in path).encode("utf-8", "backslashreplace").decode()
+        plain = ".".join(map(str, path))
+        if not plain.isascii():
+            plain = plain.encode("utf-8", "backslashreplace").decode()
         name, count = plain, 0
         while name in self.tensors or name in ("", "__metadata__"):
             # {"a": {"b": x}, "a.b": y}: the place in the values tells them apart, the name only has to be free.
@@ -272,20 +287,24 @@ class _Encoder:
         return name
 
 
-def _stored(tensor: Tensor, path: _Path) -> tuple[Tensor, dict[str, Json]]:
+_AS_IT_IS: Final[Mapping[str, Json]] = {}
+
+
+def _stored(tensor: Tensor, path: _Path) -> tuple[Tensor, Mapping[str, Json]]:
     """The tensor as one of a type that safetensors knows, and what the values say of that."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         raise StateError(
             f"state[{_spell(path)}] is a {type(tensor).__qualname__}, a kind of tensor that a checkpoint cannot keep",
             "give plain tensors or DTensors",
         )
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         kind = "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout)
         raise StateError(f"state[{_spell(path)}] is a {kind} tensor, which a checkpoint cannot keep", "make it dense")
     true = tensor.dtype
-    tensor = tensor.detach()
+    if tensor.requires_grad or type(tensor) is not Tensor:
+        tensor = tensor.detach()
     if true in DTYPE_NAMES:
-        return tensor, {}
+        return tensor, _AS_IT_IS
     stored = _STORED_AS.get(true)
     if stored is None:
         raise StateError(f"state[{_spell(path)}] has the type {true}, which a checkpoint cannot keep", "convert it")
@@ -310,6 +329,8 @@ def _numpy_type(dtype: np.dtype[Any], path: _Path) -> str:
 
 
 def _is_text(value: str) -> bool:
+    if value.isascii():
+        return True
     try:
         value.encode()
     except UnicodeEncodeError:

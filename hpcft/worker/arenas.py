@@ -16,10 +16,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,11 +47,15 @@ class NoArenas(Exception):
     """The agent has no memory for a copy; the reason is for people."""
 
 
+_Place: TypeAlias = tuple[Tensor, Piece, tuple[int, int]]
+"""Where a piece goes; with address and length in bytes, as asking for them takes longer than a small tensor's copy."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Slot:
     arena: Arena
-    places: tuple[tuple[Tensor, Piece], ...]
-    """Where each piece goes; in the order of the image."""
+    places: tuple[_Place, ...]
+    """In the order of the image."""
 
 
 class Arenas:
@@ -184,8 +188,7 @@ class Arenas:
             if self._side is not None:
                 self._fly(self._side, chosen, flat, later, landed)
                 return
-            for place, piece in chosen.places:
-                _copy(place, flat.part(piece))
+            _copy(chosen.places, flat)
         except BaseException:
             if values is not None:
                 os.close(values)
@@ -202,7 +205,7 @@ class Arenas:
         landed: Callable[[str, float], None],
     ) -> None:
         first, beside, counted = [], [], {}
-        for place, piece in chosen.places:
+        for place, piece, _ in chosen.places:
             if piece.name in later:
                 beside.append((place, flat.part(piece)))
                 tensor = later[piece.name]
@@ -214,7 +217,7 @@ class Arenas:
         before = self._flights[-1] if self._flights else None
         try:
             copied = side.start(first, beside)
-            sources = [source for _, source in (*first, *beside)]
+            sources = [source.untyped_storage() for _, source in (*first, *beside)]
             self._flights.append(Flight(copied, sources, counted, landed, before))
         except BaseException:
             with suppress(RuntimeError):  # what it was, most likely
@@ -266,23 +269,28 @@ class Arenas:
         self._free = deque(free)  # what was said free before is one of them, or of earlier arenas
 
 
-def _places(arena: Arena, image: Image) -> tuple[tuple[Tensor, Piece], ...]:
+def _places(arena: Arena, image: Image) -> tuple[_Place, ...]:
     memory = torch.frombuffer(arena.view, dtype=torch.uint8)
     found = []
     for placed in image.placed:
         piece = placed.piece
         part = memory[placed.begin : placed.end].view(DTYPES[piece.dtype]).view(piece.extent)
-        found.append((part, piece))
+        found.append((part, piece, (part.data_ptr(), part.nbytes)))
     return tuple(found)
 
 
-def _copy(place: Tensor, source: Tensor) -> None:
+def _copy(places: Iterable[_Place], flat: FlatState) -> None:
     """memcpy(3) where it can be: its stores go past the caches, and a small tensor costs a microsecond less."""
-    as_it_lies = source.is_cpu and source.is_contiguous() and not (source.is_conj() or source.is_neg())
-    if as_it_lies and (torch.get_num_threads() == 1 or source.numel() < _TORCH_SPLITS):
-        ctypes.memmove(place.data_ptr(), source.data_ptr(), place.nbytes)
-    else:
-        place.copy_(source)
+    tensors, alone = flat.tensors, torch.get_num_threads() == 1
+    for place, piece, (address, length) in places:
+        source = tensors[piece.name]
+        if source.shape != piece.extent:
+            source = flat.part(piece)
+        as_it_lies = source.is_cpu and source.is_contiguous() and not (source.is_conj() or source.is_neg())
+        if as_it_lies and (alone or source.numel() < _TORCH_SPLITS):
+            ctypes.memmove(address, source.data_ptr(), length)
+        else:
+            place.copy_(source)
 
 
 def _close_all(fds: Sequence[int]) -> None:

@@ -77,7 +77,7 @@ class Flight:
     def __init__(
         self,
         copied: torch.cuda.Event,
-        sources: Sequence[Tensor],
+        sources: Sequence[torch.UntypedStorage],
         counted: Mapping[str, tuple[Tensor, int]],
         landed: Callable[[str, float], None],
         before: Flight | None,

@@ -270,8 +270,8 @@ class Saving:
         return other, durable.digest_of_chunks(durable.chunk_digests_of(content(flat, image)))
 
     def _plan(self, flat: FlatState) -> tuple[Plan, Image]:
-        index = flat.index()
-        if index != self._index or flat.boxes != self._boxes:
+        if not flat.has(self._index) or flat.boxes != self._boxes:
+            index = flat.index()
             self._planned = plan_share(index, flat.boxes, self._spec.rank, self._spec.world_size, self._pinned(index))
             self._later = self._stepped(index)
             self._index, self._boxes = index, flat.boxes

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler as schedulers
 
+from hpcft.checkpoint.boxes import Box
 from hpcft.checkpoint.commit import commit
 from hpcft.checkpoint.load import load
 from hpcft.checkpoint.tree import DTYPE_NAMES, FlatState, StateError, flatten, unflatten
@@ -371,3 +372,33 @@ def test_flatten_copies_no_tensor() -> None:
     weight = torch.nn.Parameter(torch.ones(3, 3))
     flat = flatten({"w": weight, "turned": weight.detach().T})
     assert all(tensor.untyped_storage().data_ptr() == weight.data_ptr() for tensor in flat.tensors.values())
+
+
+def test_an_index_is_recognised_exactly_when_it_would_be_made_again() -> None:
+    a, b = torch.zeros(2, 6), torch.zeros(3)
+    flat = flatten({"a": a, "b": b})
+    others = [
+        {"a": a},
+        {"a": a, "b": b, "c": b},
+        {"a": a, "c": b},
+        {"a": a.view(3, 4), "b": b},
+        {"a": a, "b": b.to(torch.int32)},
+        {"a": a[:1], "b": b},
+        {"a": b, "b": a},
+    ]
+    assert flat.has(flat.index()) and flat.has(flatten({"b": b, "a": a}).index())
+    for other in map(flatten, others):
+        assert not flat.has(other.index()) and not other.has(flat.index())
+    part = FlatState({"a": a[:1], "b": b}, None, {"a": Box((2, 6), (0, 0), (1, 6), True)})  # the whole counts
+    assert part.has(flat.index()) and part.index() == flat.index()
+    other = FlatState({"a": a[:1], "b": b}, None, {"a": Box((3, 6), (0, 0), (1, 6), True)})
+    assert not other.has(flat.index())
+
+
+def test_only_what_belongs_to_a_graph_is_detached() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    flat = flatten({"weight": weight, "frozen": frozen, "made": weight * 2})
+    assert not any(tensor.requires_grad or tensor.grad_fn for tensor in flat.tensors.values())
+    assert {type(tensor) for tensor in flat.tensors.values()} == {torch.Tensor}
+    assert flat.tensors["weight"].data_ptr() == weight.data_ptr()
