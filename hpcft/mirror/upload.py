@@ -77,12 +77,22 @@ class Uploads:
             raise CheckpointDamagedError(directory, Damage(MANIFEST, f"it belongs to run {manifest.run}, not to {run}"))
         which = Mirrored.of(manifest)
         data = (directory / MANIFEST).read_bytes()
+        there = self._chunks(which)
         if self._is_offered(which, data):
-            left(0)
-            return manifest
-        there = {each.key: each for each in self._bucket.objects(self._keys.chunks(which))}
+            if self._is_complete(which, manifest, there):
+                left(0)
+                return manifest
+            self._bucket.delete([self._keys.manifest(which)])  # it offers what is not there
         self._send_all(directory, which, manifest, there, left)
         self._put(self._keys.manifest(which), data)
+        # Who retires deletes chunks, then looks for a manifest; we put the manifest, then look for the chunks. In
+        # whatever order the two take place, one of them sees what the other has done.
+        if not self._is_complete(which, manifest, self._chunks(which)):
+            self._bucket.delete([self._keys.manifest(which)])
+            raise BucketError(
+                f"{self._bucket.url}/{self._keys.chunks(which)} has lost objects while others were sent",
+                "another process has deleted them, or the store has lost them: try again",
+            )
         return manifest
 
     def retire(self, keep: int, done: Mirrored) -> None:
@@ -90,17 +100,32 @@ class Uploads:
 
         The manifest goes first: what has none is not offered.
         """
-        there = self.offered()
+        begun = self._bucket.names(self._keys.all_chunks)
+        there = self.offered()  # after what is begun: what has become whole meanwhile is not taken for unfinished
         for each in superfluous(there, keep):
             self._bucket.delete([self._keys.manifest(each)])
             self._delete_chunks(each)
-        for each in unfinished(self._bucket.names(self._keys.all_chunks), there, done):
+        for each in unfinished(begun, there, done):
             self._delete_chunks(each)
 
     def _delete_chunks(self, which: Mirrored) -> None:
-        keys = [each.key for each in self._bucket.objects(self._keys.chunks(which))]
+        """And the manifest that another process may have put meanwhile, thinking that all are there (`upload`)."""
+        keys = list(self._chunks(which))
         for start in range(0, len(keys), _DELETED_AT_ONCE):
             self._bucket.delete(keys[start : start + _DELETED_AT_ONCE])
+        self._bucket.delete([self._keys.manifest(which)])
+
+    def _chunks(self, which: Mirrored) -> dict[str, ObjectMeta]:
+        return {each.key: each for each in self._bucket.objects(self._keys.chunks(which))}
+
+    def _is_complete(self, which: Mirrored, manifest: Manifest, there: dict[str, ObjectMeta]) -> bool:
+        """Whether there is an object of the right size for each chunk."""
+        return all(
+            (found := there.get(self._keys.chunk(which, entry.name, chunk))) is not None
+            and found.size == min(CHUNK_BYTES, entry.size - chunk * CHUNK_BYTES)
+            for entry in manifest.files
+            for chunk in range(len(entry.digests))
+        )
 
     def _is_offered(self, which: Mirrored, data: bytes) -> bool:
         try:

@@ -223,6 +223,53 @@ def test_old_copies_go_and_nothing_newer(bucket: Bucket, root: Path) -> None:
     assert [each.checkpoint for each in uploads(bucket).offered()] == [names[2]]
 
 
+def test_what_is_deleted_while_it_is_sent_is_not_offered(bucket: Bucket, root: Path, tmp_path: Path) -> None:
+    """An older one is pushed, and meanwhile the leader's process has mirrored a newer one, and retires."""
+    old, new = (committed(root, step).name for step in (10, 20))
+    retired: list[str] = []
+
+    def retire(left: int) -> None:
+        if left == 0 and not retired:
+            retired.append(old)
+            manifest = uploads(bucket).upload(root / new, RUN, lambda left: None)
+            uploads(bucket).retire(3, Mirrored.of(manifest))
+
+    with pytest.raises(BucketError, match="lost objects"):
+        uploads(bucket).upload(root / old, RUN, retire)
+    assert [each.checkpoint for each in uploads(bucket).offered()] == [new]
+    copied(bucket, root, old)
+    assert back(bucket, tmp_path / "home", step=Step(10)) == old
+
+
+def test_a_copy_without_its_chunks_is_made_whole(bucket: Bucket, root: Path, tmp_path: Path) -> None:
+    name = committed(root, 10).name
+    copied(bucket, root, name)
+    bucket.delete([key for key in keys(bucket) if "shard-00001" in key])
+    copied(bucket, root, name)
+    assert back(bucket, tmp_path / "home") == name
+
+
+def test_retiring_takes_a_manifest_that_came_meanwhile(
+    bucket: Bucket, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has sent all, and puts the manifest while the chunks are being deleted."""
+    old, new = (committed(root, step).name for step in (10, 20))
+    copied(bucket, root, old, new)
+    (key,) = [key for key in keys(bucket) if old in key and key.endswith(".json")]
+    manifest = bytes(bucket.get(key)[0])
+    bucket.delete([key])
+    deleting = bucket.delete
+
+    def late(which: list[str]) -> None:
+        deleting(which)
+        if "/chunks/" in which[0]:
+            bucket.put(key, manifest)
+
+    monkeypatch.setattr(bucket, "delete", late)
+    uploads(bucket).retire(3, at(20, 1))
+    assert [each.checkpoint for each in uploads(bucket).offered()] == [new]
+
+
 # --- whose it is ---
 
 
