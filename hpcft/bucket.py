@@ -6,22 +6,32 @@ no setting, message or file of ours.
 
 A request has a time limit, and is tried a few times by obstore; what is then still wrong is a `BucketError` of one
 line. How long to go on trying is for callers to decide.
+
+While it waits, obstore does not look for signals. So the main thread leaves its requests to threads that nobody has to
+wait for, and can be interrupted. After that the process has to end by `lanes.end_process`: one of these threads
+may come back while Python is being taken down.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpcft.errors import NotFoundError, UnusableError, UsageError
-from hpcft.places import Place, flaw_of_endpoint, flaw_of_url
+from hpcft.places import Place, endpoint_of, flaw_of_url
 
 if TYPE_CHECKING:
     from hpcft.durable import Buffer
+
+_T = TypeVar("_T")
 
 REQUEST_SECONDS = 120.0
 """For one request: 16 MiB within it need 0.14 MB/s."""
@@ -32,6 +42,20 @@ _STATUS = re.compile(r"status code: (\d{3}[\w ]*)")
 
 class BucketError(UnusableError):
     """The store refused a request, gave no answer, or cannot be reached."""
+
+
+def begun(work: Callable[[], _T]) -> Future[_T]:
+    """Does it on a thread of its own, which nobody has to wait for, not even the end of the process."""
+    future: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # whatever it is: it is raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="hpcft-request", daemon=True).start()
+    return future
 
 
 def require_extra(wanted_by: str) -> None:
@@ -59,23 +83,26 @@ class Bucket:
     def __init__(self, place: Place, request_seconds: float = REQUEST_SECONDS) -> None:
         """UsageError: the extra is missing, or the address is none."""
         require_extra(place.url)
-        if flaw := flaw_of_url(place.url) or (place.endpoint and flaw_of_endpoint(place.endpoint)):
+        if flaw := flaw_of_url(place.url):
             raise UsageError(f"the address of the object store {flaw}")
+        endpoint, flaw = endpoint_of(place, os.environ)
+        if flaw:
+            raise UsageError(flaw, "unset the variable, or correct the address: docs/object-storage.md")
         import obstore
         from obstore.store import S3Store
 
         self._obstore = obstore
         self.url = place.url.rstrip("/")
         options: dict[str, Any] = {}
-        if place.endpoint:
-            options["endpoint"] = place.endpoint
+        if endpoint:
+            options["endpoint"] = endpoint
         if place.region:
             options["region"] = place.region
         client: dict[str, Any] = {
             "timeout": timedelta(seconds=request_seconds),
             "connect_timeout": timedelta(seconds=10),
         }
-        if place.endpoint.startswith("http://"):
+        if endpoint.startswith("http://"):
             client["allow_http"] = True
         retries = {"max_retries": 3, "retry_timeout": timedelta(seconds=request_seconds)}
         try:
@@ -85,55 +112,57 @@ class Bucket:
 
     def put(self, key: str, data: Buffer) -> str:
         """Returns the ETag, unquoted. The object is there as a whole, or not at all."""
-        try:
-            done = self._obstore.put(self._store, key, data, use_multipart=False)
-        except Exception as error:
-            raise self._refused("put", key, error) from error
+        done = self._ask("put", key, lambda: self._obstore.put(self._store, key, data, use_multipart=False))
         return (done["e_tag"] or "").strip('"')
 
     def get(self, key: str) -> tuple[memoryview, str]:
         """All of an object, and its ETag. NotFoundError: there is no such object."""
-        try:
-            found = self._obstore.get(self._store, key)
-            return memoryview(found.bytes()), (found.meta["e_tag"] or "").strip('"')
-        except Exception as error:
-            raise self._refused("read", key, error) from error
+        return self._read(key)
 
     def get_range(self, key: str, start: int, length: int, etag: str) -> memoryview:
         """A part of the object that has this ETag. NotFoundError: there is none, or it is another one by now."""
-        try:
-            found = self._obstore.get(self._store, key, options={"range": (start, start + length), "if_match": etag})
-            return memoryview(found.bytes())
-        except Exception as error:
-            raise self._refused("read", key, error) from error
+        return self._read(key, options={"range": (start, start + length), "if_match": etag})[0]
+
+    def _read(self, key: str, **options: Any) -> tuple[memoryview, str]:
+        def request() -> tuple[memoryview, str]:
+            found = self._obstore.get(self._store, key, **options)
+            return memoryview(found.bytes()), (found.meta["e_tag"] or "").strip('"')
+
+        return self._ask("read", key, request)
 
     def objects(self, prefix: str) -> Iterator[ObjectMeta]:
         """What is below `prefix`, which ends with a slash or is empty, in the order of the keys."""
-        try:
-            for page in self._obstore.list(self._store, prefix or None):
-                for each in page:
-                    etag = (each["e_tag"] or "").strip('"')
-                    yield ObjectMeta(each["path"], each["size"], etag, each["last_modified"])
-        except Exception as error:
-            raise self._refused("list", prefix, error) from error
+        pages = iter(self._obstore.list(self._store, prefix or None))
+        while (page := self._ask("list", prefix, lambda: next(pages, None))) is not None:
+            for each in page:
+                etag = (each["e_tag"] or "").strip('"')
+                yield ObjectMeta(each["path"], each["size"], etag, each["last_modified"])
 
     def names(self, prefix: str) -> list[str]:
         """The next parts of the keys below `prefix`, where more follows: what would be directories."""
-        try:
-            found = self._obstore.list_with_delimiter(self._store, prefix or None)
-        except Exception as error:
-            raise self._refused("list", prefix, error) from error
+        found = self._ask("list", prefix, lambda: self._obstore.list_with_delimiter(self._store, prefix or None))
         return sorted(each.rstrip("/").rpartition("/")[2] for each in found["common_prefixes"])
 
     def delete(self, keys: list[str]) -> None:
         """Those that are not there are passed over."""
+        if keys:
+            with suppress(NotFoundError):
+                self._ask("delete", keys[0], lambda: self._obstore.delete(self._store, keys))
+
+    def _ask(self, what: str, key: str, request: Callable[[], _T]) -> _T:
         try:
-            if keys:
-                self._obstore.delete(self._store, keys)
-        except FileNotFoundError:
-            return
+            if threading.current_thread() is threading.main_thread():
+                return begun(request).result()
+            return request()
         except Exception as error:
-            raise self._refused("delete", keys[0], error) from error
+            raise self._refused(what, key, error) from error
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust; it is no Exception, and is exported nowhere
+                raise
+            raise BucketError(
+                f"{self.url}/{key} cannot be {_PAST[what]}: the client of the store has failed: {_first_line(error)}",
+                "are the address, the region and the credentials right, and without line breaks?",
+            ) from error
 
     def _refused(self, what: str, key: str, error: Exception) -> BucketError | NotFoundError:
         known = self._obstore.exceptions
@@ -164,5 +193,5 @@ class Bucket:
 _PAST = {"put": "written", "read": "read", "list": "listed", "delete": "deleted"}
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0][:300]

@@ -16,7 +16,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -280,13 +281,26 @@ def mirror_group() -> None:
     """Copies of a run's checkpoints in an object store (mirror.url)."""
 
 
+@contextmanager
+def _requests() -> Iterator[None]:
+    """Around requests to a store, which may be under way when the command is interrupted (see `bucket`)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from hpcft.lanes import end_process
+
+        click.echo("interrupted", err=True)
+        end_process(INTERRUPTED)
+
+
 @mirror_group.command("ls")
 @with_options(run_argument, root_option, json_option)
 def mirror_ls_command(run: str | None, root: Path, as_json: bool) -> int:
     """List the copies, the newest first."""
     from hpcft.mirror import operate
 
-    copies = operate.list_copies(find(root, run))
+    with _requests():
+        copies = operate.list_copies(find(root, run))
     print_json([copy.as_dict() for copy in copies]) if as_json else click.echo(operate.listing(copies))
     return ExitCode.OK
 
@@ -305,7 +319,8 @@ def mirror_push_command(run: str | None, root: Path, as_json: bool, step: int | 
     """
     from hpcft.mirror import operate
 
-    pushed = operate.push(find(root, run), step, report=lambda line: click.echo(line, err=True))
+    with _requests():
+        pushed = operate.push(find(root, run), step, report=lambda line: click.echo(line, err=True))
     print_json(pushed.as_dict()) if as_json else click.echo(pushed.text())
     return ExitCode.OK
 
@@ -320,7 +335,8 @@ def mirror_pull_command(run: str | None, root: Path, as_json: bool, step: int | 
     """
     from hpcft.mirror import operate
 
-    name = operate.pull(find(root, run), step, report=lambda line: click.echo(line, err=True))
+    with _requests():
+        name = operate.pull(find(root, run), step, report=lambda line: click.echo(line, err=True))
     print_json({"restored": name}) if as_json else click.echo(f"{name} is back")
     return ExitCode.OK
 

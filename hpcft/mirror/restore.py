@@ -15,17 +15,18 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from secrets import token_hex
 from shutil import rmtree
 
 from hpcft import durable
-from hpcft.bucket import Bucket
+from hpcft.bucket import Bucket, begun
 from hpcft.checkpoint.layout import MANIFEST, parse_staging, staging_name
 from hpcft.checkpoint.manifest import FileEntry, Manifest
 from hpcft.checkpoint.read import read_manifest
@@ -152,13 +153,12 @@ def _download(
         _check_room(root, manifest.size)
         durable.make_directory(staging)
         try:
-            with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="hpcft-download") as pool:
-                fetched(0)
-                for entry in manifest.files:
-                    keyed = [keys.chunk(which, entry.name, index) for index in range(len(entry.digests))]
-                    written = durable.write_file(staging / entry.name, _chunks(pool, bucket, keyed, entry, fetched))
-                    if written.digests != entry.digests:  # each was compared before: it is this machine's memory
-                        raise MirrorDamagedError(f"{entry.name} was not written as it was read")
+            fetched(0)
+            for entry in manifest.files:
+                keyed = [keys.chunk(which, entry.name, index) for index in range(len(entry.digests))]
+                written = durable.write_file(staging / entry.name, _chunks(bucket, keyed, entry, fetched))
+                if written.digests != entry.digests:  # each was compared before: it is this machine's memory
+                    raise MirrorDamagedError(f"{entry.name} was not written as it was read")
             durable.replace(staging / MANIFEST, body.to_bytes())
             _give_name(staging, target, manifest.nonce)
             durable.sync_directory(root)
@@ -203,14 +203,14 @@ def _give_name(staging: Path, target: Path, nonce: str) -> None:
 
 
 def _chunks(
-    pool: ThreadPoolExecutor, bucket: Bucket, keys: Sequence[str], entry: FileEntry, fetched: Callable[[int], None]
+    bucket: Bucket, keys: Sequence[str], entry: FileEntry, fetched: Callable[[int], None]
 ) -> Iterator[memoryview]:
     """The chunks of a file in order, some of them fetched ahead."""
     ahead: deque[Future[memoryview]] = deque()
     todo = iter(enumerate(keys))
     while True:
         for index, key in islice(todo, AT_ONCE - len(ahead)):
-            ahead.append(pool.submit(_chunk, bucket, key, entry, index))
+            ahead.append(begun(partial(_chunk, bucket, key, entry, index)))
         if not ahead:
             return
         data = ahead.popleft().result()

@@ -7,16 +7,17 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from pathlib import Path
 
 from hpcft import durable
-from hpcft.bucket import Bucket, BucketError, ObjectMeta
+from hpcft.bucket import Bucket, BucketError, ObjectMeta, begun
 from hpcft.checkpoint.layout import MANIFEST, CheckpointDamagedError, Damage
 from hpcft.checkpoint.manifest import FileEntry, Manifest
 from hpcft.checkpoint.read import chunk_damage, damage_of, read_chunk, read_manifest
 from hpcft.durable import CHUNK_BYTES, Buffer
-from hpcft.errors import DamagedError, NotFoundError
+from hpcft.errors import DamagedError, HpcftError, NotFoundError
 from hpcft.mirror.plan import Keys, Mirrored, superfluous, unfinished
 
 AT_ONCE = 4
@@ -157,16 +158,19 @@ class Uploads:
                 left(remaining)
 
         running: set[Future[None]] = set()
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="hpcft-upload") as pool:
+        try:
             for entry in manifest.files:
                 for chunk in range(len(entry.digests)):
-                    running.add(pool.submit(send, entry, chunk))
+                    running.add(begun(partial(send, entry, chunk)))
                     if len(running) == AT_ONCE:  # no more, so that a failure leaves no queue to wait for
                         done, running = wait(running, return_when=FIRST_COMPLETED)
                         for each in done:
                             each.result()
             for each in running:
                 each.result()
+        except HpcftError:
+            wait(running)  # whoever tries again does not compete with these
+            raise
 
     def _holds(self, known: ObjectMeta, data: memoryview) -> bool:
         """Whether an object that was put before is this chunk."""

@@ -9,9 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -418,6 +419,87 @@ async def test_errors_of_the_store_are_told_without_secrets(
         Bucket(replace(settings.place, endpoint="http://127.0.0.1:1"), 1.0).get("x")
 
 
+def interrupt_at_request() -> None:
+    """SIGINT for this process as soon as a request is under way."""
+
+    def interrupt() -> None:
+        until("a request", requesting)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+
+
+def requesting() -> bool:
+    return any(each.name == "hpcft-request" for each in threading.enumerate())
+
+
+def test_who_waits_for_the_store_can_be_interrupted(bucket: Bucket, store: Store, root: Path, tmp_path: Path) -> None:
+    name = committed(root, 10).name
+    copied(bucket, root, name)
+    home = tmp_path / "home"
+    with ExitStack() as stack:
+
+        def hang(checkpoint: str, left: int) -> None:
+            until("the requests before it", lambda: not requesting())
+            stack.enter_context(store.hanging())
+            interrupt_at_request()
+
+        with pytest.raises(KeyboardInterrupt):
+            back(bucket, home, progress=hang)
+        assert requesting()  # it was not waited for
+        assert listing(home) == []
+    until("its end", lambda: not requesting())
+    assert back(bucket, home) == name
+
+
+def test_a_command_that_waits_for_the_store_can_be_interrupted(run: RunDirectory, store: Store) -> None:
+    with store.hanging():
+        command = [sys.executable, "-m", "hpcft.cli", "mirror", "ls", str(run.path)]
+        pipe = subprocess.PIPE
+        listing = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+
+        def connected() -> bool:
+            with suppress(FileNotFoundError):
+                fds = Path(f"/proc/{listing.pid}/fd")
+                return any(str(each.readlink()).startswith("socket:") for each in fds.iterdir())
+            return False
+
+        until("a connection", connected)
+        listing.send_signal(signal.SIGINT)
+        assert listing.communicate(timeout=PATIENCE) == (b"", b"interrupted\n")
+        assert listing.returncode == 130
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"])
+def test_the_store_may_be_named_by_the_environment(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    place = settings.place
+    monkeypatch.setenv(variable, place.endpoint)
+    there = Bucket(replace(place, endpoint=""), 2.0)
+    there.put("x", b"1")
+    assert there.get("x")[0] == b"1"
+    monkeypatch.setenv(variable, "http://me:secret@127.0.0.1:9")
+    with pytest.raises(UsageError, match=f"in the environment, {variable}, has an @ in it") as refused:
+        Bucket(replace(place, endpoint=""))
+    assert "secret" not in str(refused.value)
+    if variable == "AWS_ENDPOINT_URL_S3":  # the client would go there, although another one is configured
+        with pytest.raises(UsageError, match="is another address than"):
+            Bucket(place)
+    else:
+        assert Bucket(place).get("x")[0] == b"1"
+
+
+def test_a_client_that_fails_is_a_store_that_fails(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Rust panics, which is no Exception of Python's: here because of a header with a line break."""
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of\ntwo lines")
+    there = Bucket(settings.place, 2.0)
+    for request in (lambda: there.get("x"), lambda: list(there.objects("")), lambda: there.put("x", b"")):
+        with pytest.raises(BucketError, match="the client of the store has failed") as failed:
+            request()
+        assert "line breaks" in failed.value.hint
+
+
 # --- by hand, and what is refused ---
 
 
@@ -467,12 +549,23 @@ def test_without_the_extra_there_is_one_word(run: RunDirectory, monkeypatch: pyt
         ("url", "s3://", "is not of the form s3://bucket"),
         ("endpoint", "https://me:secret@host", "credentials come from the environment"),
         ("endpoint", "host:9000", "is not of the form https://host"),
+        ("endpoint", "http://127.0.0.1:99999", "a port that there is not"),
+        ("endpoint", "http://host:0", "a port that there is not"),
+        ("endpoint", "http://host:http", "is not of the form https://host"),
+        ("endpoint", "http://[::1", "is not of the form https://host"),
+        ("endpoint", "http://:80", "is not of the form https://host"),
     ],
 )
 def test_an_address_that_is_none(key: str, value: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason) as raised:
         load(None, sets=["run.name=r", "job.module=m", f"mirror.{key}={value}"])
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9000", "https://s3.example.org/", "http://[::1]:65535"])
+def test_an_address_that_is_one(endpoint: str) -> None:
+    sets = ["run.name=r", "job.module=m", "mirror.url=s3://bucket", f"mirror.endpoint={endpoint}"]
+    assert load(None, sets=sets).mirror.endpoint == endpoint
 
 
 def test_nothing_of_it_is_imported_without_a_url() -> None:
