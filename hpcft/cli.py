@@ -330,14 +330,18 @@ def mirror_push_command(run: str | None, root: Path, as_json: bool, step: int | 
 def mirror_pull_command(run: str | None, root: Path, as_json: bool, step: int | None) -> int:
     """Bring a checkpoint back into the run directory.
 
-    A run whose checkpoints are all gone does that by itself when it starts. A checkpoint of another branch is gone on
-    from by --from STEP.
+    What is there already and sound stays; what is damaged there is set aside (.quarantine) for the copy. A run whose
+    checkpoints are all gone does that by itself when it starts. A checkpoint of another branch is gone on from by
+    --from STEP.
     """
     from hpcft.mirror import operate
 
     with _requests():
-        name = operate.pull(find(root, run), step, report=lambda line: click.echo(line, err=True))
-    print_json({"restored": name}) if as_json else click.echo(f"{name} is back")
+        pulled = operate.pull(find(root, run), step, report=lambda line: click.echo(line, err=True))
+    if as_json:
+        print_json({"restored": pulled.checkpoint, "fetched": pulled.fetched})
+    else:
+        click.echo(f"{pulled.checkpoint} is {'back' if pulled.fetched else 'there already, and sound'}")
     return ExitCode.OK
 
 

@@ -3,6 +3,9 @@
 It is a courtesy among the commands of operators: `hpcft ckpt prune` passes over what another command reads, and does
 not begin to delete what one has begun to read. Processes on other nodes see it where the file system carries locks
 between nodes; where it has none, nobody is hindered. The leader's retention does not ask: `hpcft ckpt pin` does that.
+
+Whoever restores a checkpoint from a mirror holds the same lock on its unfinished directory. Every sweeper asks for it,
+because no generation tells it from a leftover.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from pathlib import Path
 from hpcft import durable
 from hpcft.checkpoint.layout import MARKS, TRASH, CheckpointEntry, parse_name, parse_staging, staging_name
 from hpcft.checkpoint.marks import pinned
+from hpcft.checkpoint.readers import excluded
 from hpcft.ids import Generation, Step
 
 PER_SECOND = 200.0
@@ -85,12 +86,19 @@ def retire_abandoned(
 
 
 def stale(root: Path, current: Generation) -> tuple[str, ...]:
-    """What generations before `current` left unfinished: nobody writes there any more, or nobody should."""
+    """What generations before `current` left unfinished: nobody writes there any more, or nobody should.
+
+    What is just being restored from elsewhere is locked, and none of it.
+    """
     found = []
     for name in _listed(root):
         staging = parse_staging(name)
         parsed = parse_name(staging[0]) if staging else None
-        if (parsed is not None and parsed[1] < current) or durable.is_aside(name):
+        if parsed is not None and parsed[1] < current:
+            with excluded(root / name) as alone:
+                if alone:
+                    found.append(name)
+        elif durable.is_aside(name):
             found.append(name)
     return tuple(sorted(found))
 
@@ -103,7 +111,8 @@ def discard(root: Path, name: str, nonce: str) -> None:
 def put_into_trash(root: Path, names: Sequence[str]) -> None:
     """Takes them out of sight, into the trash: a few renames, however large they are.
 
-    Those that are not there are passed over. One that was pinned meanwhile is put back (see `marks.pin`).
+    Those that are not there are passed over, and unfinished ones that are locked (`readers`). One that was pinned
+    meanwhile is put back (see `marks.pin`).
     """
     if not names:
         return
@@ -113,7 +122,11 @@ def put_into_trash(root: Path, names: Sequence[str]) -> None:
     for name in names:
         if parse_name(name) is None and parse_staging(name) is None and not durable.is_aside(name):
             raise ValueError(f"{name!r} is not a checkpoint")
-        if (binned := _bin(root, trash, name)) is not None and parse_name(name) is not None:
+        if parse_name(name) is None:
+            with excluded(root / name) as alone:
+                if alone:
+                    _bin(root, trash, name)
+        elif (binned := _bin(root, trash, name)) is not None:
             gone[name] = binned
     for name in pinned(root) & gone.keys():
         gone.pop(name).rename(root / name)

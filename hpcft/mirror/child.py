@@ -211,7 +211,7 @@ def _restore() -> int:
     except HpcftError as error:
         _line({"failed": {"code": int(error.exit_code), "message": error.message, "hint": error.hint}})
         return int(error.exit_code)
-    _line({"restored": restored})
+    _line({"restored": restored.checkpoint if restored else None})
     return 0
 
 

@@ -14,7 +14,7 @@ from hpcft.checkpoint.manifest import Manifest
 from hpcft.errors import DamagedError, NotFoundError, UsageError
 from hpcft.ids import RunId, Step
 from hpcft.mirror.plan import Keys, Mirrored, Settings
-from hpcft.mirror.restore import restore
+from hpcft.mirror.restore import Restored, restore
 from hpcft.mirror.upload import Throttle, Uploads
 from hpcft.places import Place
 from hpcft.rundir import RunDirectory
@@ -106,14 +106,14 @@ def push(run: RunDirectory, step: int | None, report: Callable[[str], None]) -> 
     return _copy(Mirrored.of(manifest), manifest)
 
 
-def pull(run: RunDirectory, step: int | None, report: Callable[[str], None]) -> str:
-    """Restores the newest copy that is sound, or that of `step`; returns its name.
+def pull(run: RunDirectory, step: int | None, report: Callable[[str], None]) -> Restored:
+    """Restores the newest copy that is sound, or that of `step`, unless it is there.
 
     NotFoundError: there is none. RefusedError: see `restore.restore`.
     """
     _, settings = _uploads(run)
     said = _Paced(report)
-    name = restore(
+    restored = restore(
         Bucket(settings.place, settings.request_seconds),
         run.checkpoints,
         settings.name,
@@ -122,9 +122,9 @@ def pull(run: RunDirectory, step: int | None, report: Callable[[str], None]) -> 
         step=None if step is None else Step(step),
         progress=lambda checkpoint, left: said(f"{checkpoint}: {human_size(left)} to go"),
     )
-    if name is None:
+    if restored is None:
         raise NotFoundError(f"the mirror has no checkpoint of a run {settings.name}", settings.place.url)
-    return name
+    return restored
 
 
 def _uploads(run: RunDirectory) -> tuple[Uploads, Settings]:

@@ -3,7 +3,9 @@
 The bytes go to a directory of a temporary name beside the checkpoints, each chunk compared with its digest on the way
 and all of it synced; the manifest is written, and the directory gets its name: the protocol by which it was
 committed in the first place (docs/checkpoint-format.md). A kill at any moment leaves what nobody is offered, and the
-next try sweeps.
+next try sweeps. Two may restore the same checkpoint at the same time: each has a directory of its own, with a lock on
+it (`readers`), so that neither the other one nor the leader takes it for something left over. Where locks do not reach
+from node to node, what is swept is renamed before its files go, and the one that was restoring it fails.
 
 A checkpoint that belongs to a run of the same name with another id is *adopted*, if the configuration says so: its
 manifest is sealed anew as this run's, and says in `adopted` whose it was. The files are the same.
@@ -16,8 +18,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import islice
@@ -29,7 +31,8 @@ from hpcft import durable
 from hpcft.bucket import Bucket, begun
 from hpcft.checkpoint.layout import MANIFEST, parse_staging, staging_name
 from hpcft.checkpoint.manifest import FileEntry, Manifest
-from hpcft.checkpoint.read import read_manifest
+from hpcft.checkpoint.read import losses, quarantine, read_manifest, stat_damage
+from hpcft.checkpoint.readers import excluded, reading
 from hpcft.durable import CHUNK_BYTES
 from hpcft.errors import DamagedError, HpcftError, NotFoundError, UnusableError
 from hpcft.ids import RunId, Step, Term
@@ -38,6 +41,13 @@ from hpcft.mirror.upload import AT_ONCE, MirrorDamagedError, offered, read_back
 from hpcft.units import human_size
 
 log = logging.getLogger("hpcft.mirror")
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    checkpoint: str
+    fetched: bool
+    """False: it was there already, and every byte of it is what was committed."""
 
 
 class RefusedError(DamagedError):
@@ -54,8 +64,10 @@ def restore(
     journaled: tuple[Term, Collection[str]] | None = None,
     step: Step | None = None,
     progress: Callable[[str, int], None] = lambda checkpoint, left: None,
-) -> str | None:
-    """Makes the newest copy that is sound a committed checkpoint below `root`, and returns its name.
+) -> Restored | None:
+    """Makes the newest copy that is sound a committed checkpoint below `root`.
+
+    If that is there already, nothing is fetched; if what is there is damaged, it is set aside for the copy.
 
     `journaled`, where the run has a history: the newest term, and the names of the checkpoints that it may go on from.
     Others of earlier terms are then left alone. `step`: only a checkpoint of this step. None: the mirror has nothing
@@ -64,7 +76,7 @@ def restore(
     Raises:
         RefusedError: there are copies, of another run that is not to be adopted, or damaged, or of no known branch.
         NotFoundError: there is no copy of `step`.
-        BucketError: the store failed. UnusableError: no room, or the directory cannot be written.
+        BucketError: the store failed. UnusableError: no room, or the directory cannot be read or written.
     """
     keys, copies = _copies(bucket, name, run, adopt)
     if keys is None:
@@ -82,12 +94,13 @@ def restore(
             if journaled is not None and which.checkpoint not in journaled[1] and manifest.term < journaled[0]:
                 unknown.append(which)
                 continue
-            _download(bucket, keys, which, manifest, root, run, progress)
+            if fetched := not _is_sound(root / which.checkpoint, run):
+                _download(bucket, keys, which, manifest, root, run, progress)
         except (MirrorDamagedError, NotFoundError) as error:
             log.warning("%s in the mirror is passed over: %s", which.checkpoint, error.message)
             damages.append(f"{which.checkpoint}: {error.message}")
             continue
-        return which.checkpoint
+        return Restored(which.checkpoint, fetched)
     if unknown:
         steps = ", ".join(str(each.step) for each in unknown)
         raise RefusedError(
@@ -127,6 +140,22 @@ def _copies(bucket: Bucket, name: str, run: RunId, adopt: bool) -> tuple[Keys | 
     return keys, copies
 
 
+def _is_sound(target: Path, run: RunId) -> bool:
+    """Whether the checkpoint is there; afterwards it is, or nothing is in the way of restoring it."""
+    if not target.exists():
+        return False
+    try:
+        damages = losses(target, run)
+    except NotFoundError:  # retired since
+        return False
+    if not damages:
+        return True
+    said = "; ".join(map(str, damages))
+    if aside := quarantine(target, f"a copy in the mirror takes its place: {said}"):
+        log.warning("%s was damaged (%s) and is set aside in %s", target.name, said, aside)
+    return False
+
+
 def _download(
     bucket: Bucket,
     keys: Keys,
@@ -137,8 +166,6 @@ def _download(
     progress: Callable[[str, int], None],
 ) -> None:
     target = root / which.checkpoint
-    # not the nonce of the checkpoint: two that restore it at the same time are not in each other's way
-    staging = root / staging_name(which.checkpoint, token_hex(8))
     adopted = manifest.run != run
     body = replace(manifest, run=run, adopted=manifest.run) if adopted else manifest
     left = manifest.size
@@ -151,8 +178,7 @@ def _download(
     try:
         _sweep(root, which.checkpoint)
         _check_room(root, manifest.size)
-        durable.make_directory(staging)
-        try:
+        with _staging(root, which.checkpoint) as staging:
             fetched(0)
             for entry in manifest.files:
                 keyed = [keys.chunk(which, entry.name, index) for index in range(len(entry.digests))]
@@ -160,25 +186,52 @@ def _download(
                 if written.digests != entry.digests:  # each was compared before: it is this machine's memory
                     raise MirrorDamagedError(f"{entry.name} was not written as it was read")
             durable.replace(staging / MANIFEST, body.to_bytes())
+            for entry in manifest.files:
+                if damage := stat_damage(entry, (staging / entry.name).stat()):
+                    raise UnusableError(f"{staging} was changed while it was written: {damage}", "try again")
             _give_name(staging, target, manifest.nonce)
             durable.sync_directory(root)
-        finally:
-            rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise UnusableError(
             f"{which.checkpoint} cannot be restored from the mirror: {error.strerror or error} "
-            f"({error.filename or staging})",
-            "look at free space, quota and permissions",
+            f"({error.filename or root})",
+            "look at free space, quota and permissions, and whether somebody else restores it at the same time",
         ) from error
     log.info("%s is restored from the mirror (%s)", which.checkpoint, human_size(manifest.size))
+
+
+@contextmanager
+def _staging(root: Path, checkpoint: str) -> Iterator[Path]:
+    """A directory to restore it in. Nobody sweeps it as long as the block runs; what is left of it then goes."""
+    while True:
+        # not the nonce of the checkpoint: two that restore it at the same time are not in each other's way
+        staging = root / staging_name(checkpoint, token_hex(8))
+        durable.make_directory(staging)
+        with ExitStack() as stack:
+            with suppress(NotFoundError):  # it was being swept, before we had the lock
+                stack.enter_context(reading(staging))
+            if not staging.exists():
+                continue
+            try:
+                yield staging
+            finally:
+                rmtree(staging, ignore_errors=True)
+            return
 
 
 def _sweep(root: Path, checkpoint: str) -> None:
     """What killed processes left of it, which may be all the room there is."""
     for path in list(root.iterdir()):
         staging = parse_staging(path.name)
-        if staging is not None and staging[0] == checkpoint:
-            rmtree(path, ignore_errors=True)
+        if staging is None or staging[0] != checkpoint:
+            continue
+        with excluded(path) as alone:
+            if alone:
+                # First out of the way of whoever may be at work there, unseen by us: no half of it gets a name.
+                doomed = path.with_name(staging_name(checkpoint, token_hex(8)))
+                with suppress(FileNotFoundError):
+                    path.rename(doomed)
+                    rmtree(doomed, ignore_errors=True)
 
 
 def _check_room(root: Path, needed: int) -> None:

@@ -20,16 +20,17 @@ import pytest
 from checkpoint_samples import RUN, commit, committed, contents, facts, listing, save, training_state
 
 from hpcft.bucket import Bucket, BucketError
-from hpcft.checkpoint.layout import CheckpointDamagedError, staging_name
+from hpcft.checkpoint.layout import QUARANTINE, TRASH, CheckpointDamagedError, staging_name
 from hpcft.checkpoint.read import read_manifest, verify
+from hpcft.checkpoint.retention import put_into_trash, stale
 from hpcft.checkpoint.tree import flatten
 from hpcft.cli import main
 from hpcft.config import Config, ConfigError, check_mirror, load
 from hpcft.errors import DamagedError, NotFoundError, UnusableError, UsageError
-from hpcft.ids import RunId, Step, Term
+from hpcft.ids import Generation, RunId, Step, Term
 from hpcft.mirror import operate
 from hpcft.mirror.plan import Keys, Mirrored, Progress, Settings, due, superfluous, unfinished, way_back
-from hpcft.mirror.restore import RefusedError, restore
+from hpcft.mirror.restore import RefusedError, Restored, restore
 from hpcft.mirror.supervisor import Mirror, restored
 from hpcft.mirror.upload import Throttle, Uploads
 from hpcft.rundir import RunDirectory
@@ -77,7 +78,8 @@ def copied(bucket: Bucket, root: Path, *names: str) -> None:
 
 def back(bucket: Bucket, root: Path, run: RunId = RUN, **options: object) -> str | None:
     root.mkdir(exist_ok=True)
-    return restore(bucket, root, NAME, run, adopt=False, **options)  # type: ignore[arg-type]
+    restored = restore(bucket, root, NAME, run, adopt=False, **options)  # type: ignore[arg-type]
+    return restored.checkpoint if restored else None
 
 
 def at(step: int, generation: int, nonce: str = "5eed5eed") -> Mirrored:
@@ -198,6 +200,56 @@ def test_a_damaged_copy_gives_way_to_the_next_older_one(bucket: Bucket, root: Pa
     assert listing(tmp_path / "other") == []
 
 
+def test_two_may_restore_the_same_at_the_same_time(bucket: Bucket, root: Path, tmp_path: Path) -> None:
+    """And what they are about is no leftover: not for each other, the leader or `ckpt prune`."""
+    name = committed(root, 10).name
+    copied(bucket, root, name)
+    home = tmp_path / "home"
+    second: list[Restored | None] = []
+
+    def meanwhile(checkpoint: str, left: int) -> None:
+        if not second and len(list(next(home.glob(".tmp-*")).iterdir())) == 2:
+            assert stale(home, Generation(9)) == ()
+            put_into_trash(home, [path.name for path in home.iterdir()])
+            second.append(restore(bucket, home, NAME, RUN, adopt=False))
+            shutil.rmtree(home / name)  # as if it were still under way
+
+    assert back(bucket, home, progress=meanwhile) == name
+    assert second == [Restored(name, fetched=True)]
+    assert verify(home / name, RUN) == []
+    assert [path.name for path in home.iterdir() if path.name != TRASH] == [name]
+
+
+def test_half_of_one_never_gets_its_name(bucket: Bucket, root: Path, tmp_path: Path) -> None:
+    """Where locks do not reach, another node's sweeper may have begun with it."""
+    name = committed(root, 10).name
+    copied(bucket, root, name)
+    home = tmp_path / "home"
+
+    def swept(checkpoint: str, left: int) -> None:
+        files = sorted(next(home.glob(".tmp-*")).iterdir())
+        if len(files) == 2:
+            files[0].unlink()
+
+    with pytest.raises(UnusableError, match="cannot be restored"):
+        back(bucket, home, progress=swept)
+    assert list(home.iterdir()) == []
+    assert back(bucket, home) == name
+
+
+def test_what_is_there_is_read_before_it_counts(bucket: Bucket, root: Path) -> None:
+    name = committed(root, 10).name
+    before = contents(root / name)
+    copied(bucket, root, name)
+    assert restore(bucket, root, NAME, RUN, adopt=False) == Restored(name, fetched=False)
+    shard = root / name / "shard-00001-of-00003.safetensors"
+    damaged = before[shard.name][:-1] + bytes([before[shard.name][-1] ^ 1])
+    shard.write_bytes(damaged)
+    assert restore(bucket, root, NAME, RUN, adopt=False) == Restored(name, fetched=True)
+    assert contents(root / name) == before
+    assert (root / QUARANTINE / name / shard.name).read_bytes() == damaged
+
+
 def test_two_attempts_of_one_name_never_mix(bucket: Bucket, root: Path, tmp_path: Path) -> None:
     """A run directory that was copied, say: the same run and generation, and other bytes."""
     twin = tmp_path / "twin"
@@ -282,7 +334,7 @@ def test_another_run_of_the_name_is_adopted_only_by_consent(bucket: Bucket, root
     with pytest.raises(RefusedError, match=f"up to step 10 of a run {NAME} with another id") as refused:
         back(bucket, home, OTHER)
     assert "mirror.adopt = true" in refused.value.hint
-    assert restore(bucket, home, NAME, OTHER, adopt=True) == name
+    assert restore(bucket, home, NAME, OTHER, adopt=True) == Restored(name, fetched=True)
     manifest, _ = read_manifest(home / name, OTHER)
     assert manifest.adopted == RUN
     assert verify(home / name, OTHER) == []
@@ -525,7 +577,10 @@ def test_by_hand(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert [line.split()[0] for line in said.splitlines()[-2:]] == ["20", "10"]
     shutil.rmtree(run.checkpoints / names[1])
+    assert main(["mirror", "pull", there, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"restored": names[1], "fetched": True}
     assert main(["mirror", "pull", there]) == 0
+    assert capsys.readouterr().out == f"{names[1]} is there already, and sound\n"
     assert verify(run.checkpoints / names[1], RUN) == []
     assert main(["mirror", "pull", there, "--step", "15"]) == 15
     assert "there are: 10, 20" in capsys.readouterr().err
