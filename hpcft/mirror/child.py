@@ -26,13 +26,13 @@ from typing import Any
 
 import orjson
 
-from hpcft.bucket import Bucket
+from hpcft.bucket import Bucket, BucketError
 from hpcft.checkpoint.layout import CheckpointDamagedError, parse_name
 from hpcft.checkpoint.manifest import Manifest
 from hpcft.checkpoint.read import read_manifest
 from hpcft.errors import DamagedError, HpcftError, NotFoundError
 from hpcft.ids import RunId, Step, Term
-from hpcft.mirror.plan import Keys, Mirrored, Progress, Settings, due
+from hpcft.mirror.plan import PACKET, Keys, Mirrored, Progress, Settings, due, pause_after
 from hpcft.mirror.restore import restore
 from hpcft.mirror.upload import Throttle, Uploads
 from hpcft.process import die_with_parent
@@ -40,10 +40,7 @@ from hpcft.units import human_size
 
 log = logging.getLogger("hpcft.mirror")
 
-PACKET = 1 << 16
 _TELL_SECONDS = 1.0
-_FIRST_PAUSE = 1.0
-_LONGEST_PAUSE = 60.0
 _PROGRESS_SECONDS = 10.0
 
 
@@ -60,7 +57,7 @@ class Copying:
         """Of the checkpoint mirrored last: its step, and when it was made."""
         self._waiting: list[tuple[Step, float]] = []
         """Checkpoints that were due since: their steps, and when they were heard of."""
-        self._pauses = 0
+        self._failures = 0
 
     def run(self) -> None:
         threading.Thread(target=self._listen, name="hpcft-listen", daemon=True).start()
@@ -83,16 +80,22 @@ class Copying:
                 newest = self._next(handled)
                 self._mirror(uploads, newest)
                 handled = newest
-                self._pauses = 0
+                self._failures = 0
             except CheckpointDamagedError as error:  # nothing will make it whole: the next one is mirrored
                 self._say(error=error.message, uploading=None)
                 handled = newest
             except NotFoundError:  # retired before its turn came, or the leader's directory is another one
                 self._say(uploading=None)
                 handled = newest
-            except (HpcftError, OSError) as error:
+            except BucketError as error:  # what is begun is gone on with
+                self._say(error=error.message)
+                self._pause()
+            except (
+                HpcftError,
+                OSError,
+            ) as error:  # of this node: the newest is tried next, and this one may be retired
                 said = error.message if isinstance(error, HpcftError) else str(error)
-                self._say(error=said)
+                self._say(error=said, uploading=None)
                 self._pause()
 
     def _look(self, uploads: Uploads) -> None:
@@ -123,7 +126,7 @@ class Copying:
     # --- with the leader ---
 
     def _next(self, handled: str | None) -> str:
-        """The newest checkpoint that was not dealt with, once there is one. What has failed comes again first, as
+        """The newest checkpoint that was not dealt with, once there is one. What the store has refused comes first, as
         long as it is there: else a store that often fails would never get a whole one."""
         begun = self._progress.uploading
         if begun is not None and (Path(self._settings.root) / begun).exists():
@@ -170,10 +173,9 @@ class Copying:
                 time.sleep(_TELL_SECONDS / 10)
 
     def _pause(self) -> None:
-        """Doubled each time, with jitter; a newer checkpoint does not cut it short."""
-        longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * (1 << min(self._pauses, 10)))
-        self._pauses += 1
-        time.sleep(longest * random.uniform(0.5, 1.0))
+        """With jitter; a newer checkpoint does not cut it short."""
+        self._failures += 1
+        time.sleep(pause_after(self._failures) * random.uniform(0.5, 1.0))
 
 
 def _copy(fd: int) -> int:

@@ -21,6 +21,11 @@ LAG = 3
 SILENT_SECONDS = 30.0
 """The child says something every second. After this it is stopped, or hangs in the file system."""
 
+PACKET = 1 << 16
+"""What the leader and the child tell each other is shorter."""
+
+_LONGEST_PAUSE = 60.0
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -117,6 +122,11 @@ def due(every: Cadence, last: tuple[Step, float] | None, step: Step, created: fl
             return step >= last[0] + steps
         case EverySeconds(seconds):
             return created >= last[1] + seconds
+
+
+def pause_after(failures: int) -> float:
+    """Seconds until the next try, after so many failures in a row: 1, 2, 4, … 60."""
+    return min(_LONGEST_PAUSE, float(1 << min(max(failures - 1, 0), 10)))
 
 
 def superfluous(offered: Iterable[Mirrored], keep: int) -> list[Mirrored]:

@@ -24,16 +24,13 @@ import orjson
 
 from hpcft.errors import DamagedError, ExitCode, HpcftError, NotFoundError, UnusableError, UsageError
 from hpcft.ids import Step, Term
-from hpcft.mirror.plan import SILENT_SECONDS, Progress, Settings
+from hpcft.mirror.plan import PACKET, SILENT_SECONDS, Progress, Settings, pause_after
 from hpcft.process import describe_status
 
 log = logging.getLogger("hpcft.mirror")
 
-_PACKET = 1 << 16
 _END_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
-_FIRST_PAUSE = 1.0
-_LONGEST_PAUSE = 60.0
 _LONG_LIFE = 60.0
 
 
@@ -98,7 +95,7 @@ class Mirror:
             if self._closed:
                 return
             short_lives = 0 if time.monotonic() - began >= _LONG_LIFE else short_lives + 1
-            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * (1 << min(max(short_lives - 1, 0), 10)))
+            pause = pause_after(short_lives)
             self._progress = self._progress.failing(f"its process {ended}")
             log.warning("the mirror's process %s: starting another in %g s", ended, pause)
             until = time.monotonic() + pause
@@ -130,7 +127,7 @@ class Mirror:
         if self._wake in ready:
             self._wake.recv(1024)
         if channel in ready:
-            packet = channel.recv(_PACKET)
+            packet = channel.recv(PACKET)
             if not packet:
                 return False
             self._heard_at = time.monotonic()

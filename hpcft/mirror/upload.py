@@ -16,6 +16,7 @@ from hpcft.bucket import Bucket, BucketError, ObjectMeta, begun
 from hpcft.checkpoint.layout import MANIFEST, CheckpointDamagedError, Damage
 from hpcft.checkpoint.manifest import FileEntry, Manifest
 from hpcft.checkpoint.read import chunk_damage, damage_of, read_chunk, read_manifest
+from hpcft.checkpoint.readers import reading
 from hpcft.durable import CHUNK_BYTES, Buffer
 from hpcft.errors import DamagedError, HpcftError, NotFoundError
 from hpcft.mirror.plan import Keys, Mirrored, superfluous, unfinished
@@ -73,6 +74,10 @@ class Uploads:
         NotFoundError: it is not there any more. CheckpointDamagedError: it is not what was committed, and is not
         offered. UnreadableError: this node cannot read it.
         """
+        with reading(directory):  # `hpcft ckpt prune` passes over it
+            return self._upload(directory, run, left)
+
+    def _upload(self, directory: Path, run: str, left: Callable[[int], None]) -> Manifest:
         manifest, _ = read_manifest(directory, None)
         if manifest.run != run:
             raise CheckpointDamagedError(directory, Damage(MANIFEST, f"it belongs to run {manifest.run}, not to {run}"))

@@ -22,6 +22,7 @@ from checkpoint_samples import RUN, commit, committed, contents, facts, listing,
 from hpcft.bucket import Bucket, BucketError
 from hpcft.checkpoint.layout import QUARANTINE, TRASH, CheckpointDamagedError, staging_name
 from hpcft.checkpoint.read import read_manifest, verify
+from hpcft.checkpoint.readers import excluded
 from hpcft.checkpoint.retention import put_into_trash, stale
 from hpcft.checkpoint.tree import flatten
 from hpcft.cli import main
@@ -130,8 +131,16 @@ def test_the_operator_is_told_how_far_it_is() -> None:
 def test_what_comes_back_is_what_was_committed(bucket: Bucket, store: Store, root: Path, tmp_path: Path) -> None:
     name = committed(root, 10).name
     left: list[int] = []
-    manifest = uploads(bucket).upload(root / name, RUN, left.append)
+
+    def sent(to_go: int) -> None:
+        with excluded(root / name) as alone:
+            assert not alone  # `ckpt prune` asks
+        left.append(to_go)
+
+    manifest = uploads(bucket).upload(root / name, RUN, sent)
     assert (left[0], left[-1]) == (manifest.size, 0)
+    with excluded(root / name) as alone:
+        assert alone
     assert keys(bucket, f"{NAME}/{RUN}/manifests/") == [f"{NAME}/{RUN}/manifests/{name}-{manifest.nonce}.json"]
     home = tmp_path / "home"
     killed = home / staging_name(name, "deadbeef")
@@ -421,6 +430,19 @@ def test_a_store_that_hangs_holds_up_nobody(settings: Settings, store: Store, ro
             child = pid_of(mirror)
             mirror.close()
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_file_that_cannot_be_read_holds_up_nothing(settings: Settings, root: Path) -> None:
+    names = [committed(root, step).name for step in (10, 20)]
+    bad = root / names[0] / "shard-00001-of-00003.safetensors"
+    bad.unlink()
+    bad.symlink_to("/proc/self/mem")  # where reading is an I/O error
+    with mirroring(settings) as mirror:
+        mirror.follow(names[0])
+        until("a word about it", lambda: "shard-00001" in mirror.progress().warning())
+        until("it may be retired", lambda: mirror.held() == frozenset())
+        mirror.follow(names[1])
+        until("the next one", lambda: mirror.progress() == Progress(mirrored=Step(20)))
 
 
 def test_the_newest_is_mirrored_after_what_was_begun(settings: Settings, store: Store, root: Path) -> None:
