@@ -46,6 +46,11 @@ _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.05
 
 
+MAKE_ROOM = "make room on its disk, or choose another `cache`, or a smaller `cache_size`"
+FULL = ".full"
+"""Beside the words for those who wait: those that are needed when there is no room for words. A link is enough then."""
+
+
 class ChangedError(HpcftError):
     """An object is not the one that it was when the data set was opened."""
 
@@ -76,6 +81,21 @@ def block_path(directory: Path, url: str, file: RemoteFile, block: int) -> Path:
     return directory / "blocks" / f"{place}-{file.label}-{block:06d}"
 
 
+def unusable(directory: Path, error: OSError) -> str:
+    """What is wrong with the cache."""
+    return f"the cache {directory} cannot be used: {error.strerror or error}"
+
+
+def failure(directory: Path, error: Exception, changed: bool = False) -> bytes:
+    """The words for whoever waits for a block: with the number of the error, which says who is to blame."""
+    number, said = errno.EREMOTEIO, f"{type(error).__name__}: {error}"
+    if isinstance(error, HpcftError):
+        said = error.message
+    elif isinstance(error, OSError):  # the store has no such errors
+        number, said = error.errno or errno.EIO, f"{unusable(directory, error)}; {MAKE_ROOM}"
+    return orjson.dumps({"message": said, "changed": changed, "errno": number})
+
+
 def start(verb: str, **options: Any) -> subprocess.Popen[bytes]:
     """A process that may use the network."""
     return subprocess.Popen([sys.executable, "-P", "-m", "hpcft.data.fetcher", verb], **options)
@@ -101,19 +121,28 @@ class Blocks:
     """Reads objects through the cache. May be forked; the process that fetches ends with the last who holds it."""
 
     def __init__(self, place: Place, files: list[RemoteFile], directory: Path, limit: int) -> None:
-        """`limit`: bytes of the cache, for all who share the directory. UsageError: too few."""
+        """`limit`: bytes of the cache, for all who share the directory.
+
+        UsageError: too few, or the directory cannot be used.
+        """
         if limit < LEAST_BLOCKS * BLOCK_BYTES:
             least = LEAST_BLOCKS * BLOCK_BYTES >> 20
             raise UsageError(f"a cache of {limit} bytes is too small to work in", f"give it {least} MiB or more")
         self._url = place.url
         self._files = files
         self._directory = directory
-        for name in ("blocks", "locks", "index"):
-            (directory / name).mkdir(parents=True, exist_ok=True)
+        self._failures = directory / f"failed-{token_hex(6)}"
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            for name in ("blocks", "locks", "index"):
+                (directory / name).mkdir(parents=True, exist_ok=True)
+            self._failures.mkdir()
+            durable.replace(self._failures / FULL, failure(directory, full))
+        except OSError as error:
+            rmtree(self._failures, ignore_errors=True)
+            raise UsageError(unusable(directory, error), MAKE_ROOM) from error
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel = ours
-        self._failures = directory / f"failed-{token_hex(6)}"
-        self._failures.mkdir()
         orders = {
             "place": place.to_json(),
             "directory": str(directory),
@@ -202,7 +231,7 @@ class Blocks:
             return  # another process was told, and we ask again
         if told["changed"]:
             raise ChangedError(told["message"], "data must not change during a run; the order would mean other samples")
-        raise OSError(errno.EREMOTEIO, told["message"])
+        raise OSError(told["errno"], told["message"])
 
 
 class _Block:

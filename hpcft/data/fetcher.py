@@ -26,7 +26,7 @@ import orjson
 
 from hpcft import durable
 from hpcft.bucket import Bucket
-from hpcft.data.blocks import BLOCK_BYTES, RemoteFile, block_path
+from hpcft.data.blocks import BLOCK_BYTES, FULL, RemoteFile, block_path, failure
 from hpcft.errors import HpcftError, NotFoundError
 from hpcft.places import Place
 
@@ -51,6 +51,8 @@ class Fetcher:
         self._limit = int(orders["limit"])
         self._wanted: queue.PriorityQueue[tuple[bool, int, int, int]] = queue.PriorityQueue()
         self._order = count()
+        self._under_way: set[tuple[int, int]] = set()
+        self._choosing = threading.Lock()
         self._added = self._limit  # so that the first block looks
         self._adding = threading.Lock()
 
@@ -65,19 +67,33 @@ class Fetcher:
     def _fetch_all(self) -> None:
         while True:
             ahead, _, number, block = self._wanted.get()
-            path = block_path(self._directory, self._place.url, self._files[number], block)
+            with self._choosing:
+                if (number, block) in self._under_way:
+                    continue  # whoever waits asks again and again, and shall not get all threads
+                self._under_way.add((number, block))
             try:
-                self._fetch(path, self._files[number], block)
-            except (HpcftError, OSError) as error:
-                if ahead:
-                    continue  # nobody waits for it yet: whoever will, asks again
-                said = error.message if isinstance(error, HpcftError) else str(error)
-                changed = isinstance(error, NotFoundError)
-                if changed:
-                    url = f"{self._place.url}/{self._files[number].key}"
-                    said = f"{url} has changed or is gone since the data set was opened"
-                with suppress(OSError):
-                    durable.replace(self._failures / path.name, orjson.dumps({"message": said, "changed": changed}))
+                self._fetch(self._path(number, block), self._files[number], block)
+            except Exception as error:  # whatever it is: somebody waits
+                if not ahead:  # else nobody does yet: whoever will, asks again
+                    self._tell(number, block, error)
+            finally:
+                with self._choosing:
+                    self._under_way.remove((number, block))
+
+    def _path(self, number: int, block: int) -> Path:
+        return block_path(self._directory, self._place.url, self._files[number], block)
+
+    def _tell(self, number: int, block: int, error: Exception) -> None:
+        changed = isinstance(error, NotFoundError)
+        if changed:
+            url = f"{self._place.url}/{self._files[number].key}"
+            error = NotFoundError(f"{url} has changed or is gone since the data set was opened")
+        words = self._failures / self._path(number, block).name
+        try:
+            durable.replace(words, failure(self._directory, error, changed))
+        except OSError:
+            with suppress(OSError):
+                words.hardlink_to(self._failures / FULL)
 
     def _fetch(self, path: Path, file: RemoteFile, block: int) -> None:
         if path.exists():

@@ -9,7 +9,8 @@ the order in which they are given), which is what makes an order of samples mean
 
 The pass runs at the speed of memory where the files are in the page cache. For large data on a shared file system
 `cache` names a directory for what it found, one file for each shard; a shard whose size or time of change differs is
-gone through again. The noted starts are then mapped from there, once for all processes of a node.
+gone through again, and so is one of which what was noted has been damaged since. The noted starts are then mapped from
+there, once for all processes of a node.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ import orjson
 from numpy.typing import NDArray
 
 from hpcft import durable
-from hpcft.errors import ExitCode, HpcftError, UsageError
+from hpcft.errors import ExitCode, HpcftError, UnusableError, UsageError
 
 Starts: TypeAlias = NDArray[np.int64]
 
 _SCANNED_BYTES = 32 * 1024 * 1024
 _OPEN_SHARDS = 64
+_DIGEST_BYTES = 32
 _NEWLINE = 10
 _SPACE = 32
 
@@ -147,13 +149,34 @@ def _indexed(path: Path, cache: Path | None) -> tuple[Starts, int]:
         return _scanned(path, stat.st_size), stat.st_size
     name = hashlib.sha256(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:32]
     kept = cache / f"{name}.npy"
-    if not kept.exists():
-        content = io.BytesIO()
-        np.save(content, _scanned(path, stat.st_size), allow_pickle=False)
+    starts = kept_starts(kept)
+    if starts is None:
         cache.mkdir(parents=True, exist_ok=True)
-        durable.replace(kept, content.getbuffer())
-    starts: Starts = np.load(kept, mmap_mode="r", allow_pickle=False)
+        keep_starts(kept, _scanned(path, stat.st_size))
+        starts = kept_starts(kept)
+    if starts is None:
+        raise UnusableError(f"{kept} is not what was just written", f"is the disk of {cache} in order?")
     return starts, stat.st_size
+
+
+def keep_starts(path: Path, starts: Starts) -> None:
+    """With their digest at the end, which numpy does not look at."""
+    content = io.BytesIO()
+    np.save(content, starts, allow_pickle=False)
+    content.write(durable.digest(content.getbuffer()).encode())
+    durable.replace(path, content.getbuffer())
+
+
+def kept_starts(path: Path) -> Starts | None:
+    """Mapped, once for all processes of a node. None: there is nothing, or it is not what was written."""
+    try:
+        content = np.memmap(path, dtype=np.uint8, mode="r")
+    except (FileNotFoundError, ValueError):  # or empty
+        return None
+    if durable.digest(content[:-_DIGEST_BYTES].data) != content[-_DIGEST_BYTES:].tobytes().decode("ascii", "replace"):
+        return None
+    starts: Starts = np.load(path, mmap_mode="r", allow_pickle=False)
+    return starts
 
 
 def _scanned(path: Path, size: int) -> Starts:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import fnmatch
-import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,8 +21,8 @@ import numpy as np
 import orjson
 
 from hpcft import durable
-from hpcft.data.blocks import BLOCK_BYTES, Blocks, ChangedError, RemoteFile, listed
-from hpcft.data.jsonl import RecordError, Starts
+from hpcft.data.blocks import BLOCK_BYTES, MAKE_ROOM, Blocks, ChangedError, RemoteFile, listed, unusable
+from hpcft.data.jsonl import RecordError, Starts, keep_starts, kept_starts
 from hpcft.errors import UsageError
 from hpcft.places import Place, flaw_of_endpoint, flaw_of_url
 from hpcft.units import parse_size
@@ -69,7 +68,11 @@ class S3JsonLines:
             raise UsageError(f"cache_size: {error}") from None
         directory = Path(cache)
         self._blocks = Blocks(place, self.files, directory, limit)
-        self._starts = [self._indexed(number, directory / "index") for number in range(len(self.files))]
+        try:
+            self._starts = [self._indexed(number, directory / "index") for number in range(len(self.files))]
+        except BaseException:
+            self.close()
+            raise
         self._first = np.cumsum([0, *map(len, self._starts)])
 
     @property
@@ -122,14 +125,17 @@ class S3JsonLines:
 
     def _indexed(self, number: int, directory: Path) -> Starts:
         kept = directory / f"{self.files[number].label}.npy"
-        if not kept.exists():
+        starts = kept_starts(kept)
+        if starts is None:
             with kept.with_suffix(".lock").open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not kept.exists():
-                    content = io.BytesIO()
-                    np.save(content, self._scanned(number), allow_pickle=False)
-                    durable.replace(kept, content.getbuffer())
-        starts: Starts = np.load(kept, mmap_mode="r", allow_pickle=False)
+                starts = kept_starts(kept)
+                if starts is None:
+                    starts = self._scanned(number)
+                    try:
+                        keep_starts(kept, starts)
+                    except OSError as error:
+                        raise UsageError(unusable(directory.parent, error), MAKE_ROOM) from error
         return starts
 
     def _scanned(self, number: int) -> Starts:

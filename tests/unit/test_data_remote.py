@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import random
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import orjson
 import pytest
 import torch
+from checkpoint_samples import small_file_system
 
 from hpcft.bucket import Bucket
 from hpcft.data import Data, JsonLines, S3JsonLines, blocks
 from hpcft.data.blocks import BLOCK_BYTES, ChangedError
-from hpcft.data.fetcher import evict
+from hpcft.data.fetcher import evict, hash_of
 from hpcft.data.jsonl import RecordError
 from hpcft.errors import UnusableError, UsageError
 from hpcft.places import Place
@@ -25,6 +29,7 @@ from tests.object_store import Store
 torch.set_num_threads(1)
 
 SIZE = "256MiB"
+PATIENCE = 60.0
 
 
 @pytest.fixture
@@ -66,6 +71,13 @@ def lose(lines: S3JsonLines, tmp_path: Path) -> None:
     for path in (tmp_path / "cache" / "blocks").iterdir():
         path.unlink()
     lines._blocks._open.clear()
+
+
+def until(what: str, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
 
 
 def numbers(batch: list[dict[str, int]]) -> list[int]:
@@ -166,6 +178,73 @@ def test_a_damaged_block_is_fetched_again(place: Place, tmp_path: Path) -> None:
     block.write_bytes(content)
     with opened(place, tmp_path) as lines:
         assert lines[0]["n"] == 0
+
+
+def test_a_damaged_index_is_made_again(place: Place, tmp_path: Path) -> None:
+    stored(place, tmp_path, a=records(0, 10))
+    with opened(place, tmp_path):
+        (kept,) = (tmp_path / "cache" / "index").glob("*.npy")
+    sound = kept.read_bytes()
+    for at in (5, -40, -1):  # the header, a number, the digest
+        content = bytearray(sound)
+        content[at] ^= 1
+        kept.write_bytes(content)
+        with opened(place, tmp_path) as lines:
+            assert [lines[i]["n"] for i in range(len(lines))] == list(range(10))
+        assert kept.read_bytes() == sound
+    kept.write_bytes(b"")
+    with opened(place, tmp_path) as lines:
+        assert len(lines) == 10
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_full_disk_is_named_with_what_helps(place: Place, tmp_path: Path) -> None:
+    stored(place, tmp_path, a=records(0, 10))
+    (found,) = blocks.listed(place, "")
+    full = r"the cache .*mounted cannot be used: No space left on device; make room .* `cache_size`"
+    with small_file_system(tmp_path, "tmpfs", 1) as disk:
+        reading = blocks.Blocks(place, [found], disk, 1 << 28)
+        ballast = disk / "ballast"
+        with pytest.raises(OSError, match="No space"), ballast.open("wb", buffering=0) as file:
+            while True:  # until there is no room for a file that says so
+                file.write(bytes(4096))
+        with pytest.raises(OSError, match=full) as raised:
+            reading.read(0, 0, 10)
+        assert raised.value.errno == errno.ENOSPC
+        with pytest.raises(UsageError, match=r"the cache .*mounted cannot be used: No space"):
+            blocks.Blocks(place, [found], disk, 1 << 28)
+        ballast.unlink()
+        assert reading.read(0, 0, 6) == b'{"n":0'
+        reading._open.clear()
+        reading.close()
+
+
+def test_one_slow_block_takes_one_of_those_who_fetch(place: Place, tmp_path: Path) -> None:
+    """It is asked for every second; here another process of the node has it under way, and does not get on."""
+    stored(place, tmp_path, a=records(0, 100, 100_000))
+    with opened(place, tmp_path) as lines:
+        lose(lines, tmp_path)
+        slow, other = (lines._blocks._path(0, block) for block in (0, 1))
+        with (tmp_path / "cache" / "locks" / f"{hash_of(slow.name):03d}").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for _ in range(20):
+                lines._blocks._ask([(0, 0)], ahead=False)
+            lines.expect([50])
+            until("the other block", other.exists)
+            assert not slow.exists()
+        assert lines[0]["n"] == 0
+
+
+def test_whatever_fails_is_told_to_whoever_waits(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored(place, tmp_path, a=records(0, 10))
+    (found,) = blocks.listed(place, "")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of\ntwo lines")  # at which its client panics
+    reading = blocks.Blocks(place, [found], tmp_path / "cache", 1 << 28)
+    try:
+        with pytest.raises(OSError, match="the client of the store has failed"):
+            reading.read(0, 0, 10)
+    finally:
+        reading.close()
 
 
 def test_no_record_and_no_data(place: Place, tmp_path: Path) -> None:
