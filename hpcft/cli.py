@@ -36,6 +36,7 @@ from hpcft.options import (
     json_lines_option,
     json_option,
     load_config,
+    meter,
     print_json,
     root_option,
     run_argument,
@@ -319,8 +320,8 @@ def mirror_push_command(run: str | None, root: Path, as_json: bool, step: int | 
     """
     from hpcft.mirror import operate
 
-    with _requests():
-        pushed = operate.push(find(root, run), step, report=lambda line: click.echo(line, err=True))
+    with _requests(), meter("sending") as progress:
+        pushed = operate.push(find(root, run), step, progress)
     print_json(pushed.as_dict()) if as_json else click.echo(pushed.text())
     return ExitCode.OK
 
@@ -336,8 +337,8 @@ def mirror_pull_command(run: str | None, root: Path, as_json: bool, step: int | 
     """
     from hpcft.mirror import operate
 
-    with _requests():
-        pulled = operate.pull(find(root, run), step, report=lambda line: click.echo(line, err=True))
+    with _requests(), meter("fetching") as progress:
+        pulled = operate.pull(find(root, run), step, progress)
     if as_json:
         print_json({"restored": pulled.checkpoint, "fetched": pulled.fetched})
     else:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +14,7 @@ from hpcft.options import (
     complete_run,
     find,
     json_option,
+    meter,
     print_json,
     root_option,
     run_argument,
@@ -99,38 +97,6 @@ def _chosen(word: str, root: Path, run: str | None) -> tuple[CheckpointEntry, Ru
     return named[-1], found.run_id()
 
 
-# --- what takes long -------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _meter(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with rate and time to go, if that is a terminal. It is told: bytes done, of how many."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from hpcft.units import human_size
-
-    began = time.monotonic()
-    shown: list[Any] = []
-
-    def rate(done: int | None) -> str | None:
-        seconds = time.monotonic() - began
-        return f"{human_size(int(done / seconds))}/s" if done and seconds > 0 else None
-
-    def advance(done: int, total: int) -> None:
-        if total and not shown:
-            bar = click.progressbar(length=total, label=label, file=sys.stderr, item_show_func=rate, color=False)
-            shown.append(bar.__enter__())
-        if shown:
-            shown[0].update(done - shown[0].pos, done)
-
-    try:
-        yield advance
-    finally:
-        for bar in shown:
-            bar.__exit__(None, None, None)
-
-
 # --- looking ---------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +141,7 @@ def verify_command(run: str | None, root: Path, as_json: bool, step: int | None,
 
     if every and step is not None:
         raise UsageError("--all and --step exclude each other", "leave out one of them")
-    with _meter("verifying") as progress:
+    with meter("verifying") as progress:
         verification = reports.verify_checkpoints(find(root, run), step, progress)
     print_json(verification.as_dict()) if as_json else click.echo(verification.text())
     return verification.exit_code
@@ -195,7 +161,7 @@ def diff_command(a: str, b: str, only: tuple[str, ...], run: str | None, root: P
     from hpcft.checkpoint.diff import compare
 
     (one, its_run), (other, others_run) = (_chosen(each, root, run) for each in (a, b))
-    with _meter("comparing") as progress:
+    with meter("comparing") as progress:
         found = compare(one.directory, other.directory, only=only, runs=(its_run, others_run), progress=progress)
     print_json(found.as_dict()) if as_json else click.echo(found.text())
     return ExitCode.OK if found.equal else ExitCode.DIFFERENT
@@ -346,7 +312,7 @@ def export_command(
     from hpcft.checkpoint.export import Format, export
 
     entry, identity = _chosen(checkpoint, root, run)
-    with _meter("exporting") as progress:
+    with meter("exporting") as progress:
         done = export(
             entry.directory,
             target.expanduser(),

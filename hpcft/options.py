@@ -1,4 +1,4 @@
-"""What several commands share: their options, which run is meant, and how they print.
+"""What several commands share: their options, which run is meant, how they print, and how they show progress.
 
 As cheap to import as `cli`, which see: nothing slow is imported before a command runs.
 """
@@ -8,7 +8,10 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -123,3 +126,32 @@ def find(root: Path, run: str | None) -> RunDirectory:
 
 def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def meter(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with rate and time to go, if that is a terminal. It is told: bytes done, of how many."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from hpcft.units import human_size
+
+    began = time.monotonic()
+    shown: list[Any] = []
+
+    def rate(done: int | None) -> str | None:
+        seconds = time.monotonic() - began
+        return f"{human_size(int(done / seconds))}/s" if done and seconds > 0 else None
+
+    def advance(done: int, total: int) -> None:
+        if total and not shown:
+            bar = click.progressbar(length=total, label=label, file=sys.stderr, item_show_func=rate, color=False)
+            shown.append(bar.__enter__())
+        if shown:
+            shown[0].update(done - shown[0].pos, done)
+
+    try:
+        yield advance
+    finally:
+        for bar in shown:
+            bar.__exit__(None, None, None)

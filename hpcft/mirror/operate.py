@@ -23,8 +23,6 @@ from hpcft.units import human_size
 if TYPE_CHECKING:
     from hpcft.config import Config
 
-_REPORT_SECONDS = 5.0
-
 
 @dataclass(frozen=True, slots=True)
 class Copy:
@@ -89,8 +87,10 @@ def listing(copies: list[Copy]) -> str:
     return "\n".join(rows)
 
 
-def push(run: RunDirectory, step: int | None, report: Callable[[str], None]) -> Copy:
+def push(run: RunDirectory, step: int | None, progress: Callable[[int, int], None]) -> Copy:
     """Mirrors the newest checkpoint, or that of `step`. Nothing is deleted from the store.
+
+    `progress` is told the bytes done, of how many; also by other threads, one after the other.
 
     NotFoundError: there is no such checkpoint. CheckpointDamagedError: it is not what was committed.
     """
@@ -99,20 +99,18 @@ def push(run: RunDirectory, step: int | None, report: Callable[[str], None]) -> 
     if step is None and not there:
         raise NotFoundError(f"{run.name} has no checkpoint")
     entry = there[-1] if step is None else read.of_step(run.checkpoints, Step(step))
-    said = _Paced(report)
-    manifest = uploads.upload(
-        entry.directory, settings.run, lambda left: said(f"{entry.name}: {human_size(left)} to go")
-    )
+    told = _Told(progress)
+    manifest = uploads.upload(entry.directory, settings.run, told)
     return _copy(Mirrored.of(manifest), manifest)
 
 
-def pull(run: RunDirectory, step: int | None, report: Callable[[str], None]) -> Restored:
-    """Restores the newest copy that is sound, or that of `step`, unless it is there.
+def pull(run: RunDirectory, step: int | None, progress: Callable[[int, int], None]) -> Restored:
+    """Restores the newest copy that is sound, or that of `step`, unless it is there. `progress`: as of `push`.
 
     NotFoundError: there is none. RefusedError: see `restore.restore`.
     """
     _, settings = _uploads(run)
-    said = _Paced(report)
+    told = _Told(progress)
     restored = restore(
         Bucket(settings.place, settings.request_seconds),
         run.checkpoints,
@@ -120,7 +118,7 @@ def pull(run: RunDirectory, step: int | None, report: Callable[[str], None]) -> 
         settings.run,
         adopt=settings.adopt,
         step=None if step is None else Step(step),
-        progress=lambda checkpoint, left: said(f"{checkpoint}: {human_size(left)} to go"),
+        progress=lambda checkpoint, left: told(left),
     )
     if restored is None:
         raise NotFoundError(f"the mirror has no checkpoint of a run {settings.name}", settings.place.url)
@@ -147,14 +145,13 @@ def _copy(which: Mirrored, manifest: Manifest | None) -> Copy:
     return Copy(which.step, which.generation, which.checkpoint, size, created)
 
 
-class _Paced:
-    """Says no more than one line every few seconds."""
+class _Told:
+    """From the bytes that are to go, of which the first are all, to those that are done."""
 
-    def __init__(self, report: Callable[[str], None]) -> None:
-        self._report = report
-        self._at = time.monotonic()
+    def __init__(self, progress: Callable[[int, int], None]) -> None:
+        self._progress = progress
+        self._total = 0
 
-    def __call__(self, line: str) -> None:
-        if time.monotonic() >= self._at + _REPORT_SECONDS:
-            self._at = time.monotonic()
-            self._report(line)
+    def __call__(self, left: int) -> None:
+        self._total = max(self._total, left)
+        self._progress(self._total - left, self._total)

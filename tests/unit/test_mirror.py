@@ -608,6 +608,19 @@ def test_by_hand(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     assert "there are: 10, 20" in capsys.readouterr().err
 
 
+def test_on_a_terminal_there_is_a_bar(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = committed(run.checkpoints, 10).name
+    ours, theirs = os.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as screen, os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        for verb, label in (("push", b"sending"), ("pull", b"fetching")):
+            assert main(["mirror", verb, str(run.path)]) == 0
+            terminal.flush()
+            shown = screen.read(1 << 16)
+            assert label in shown and b"100%" in shown and b"/s" in shown
+            shutil.rmtree(run.checkpoints / name)
+
+
 def test_without_the_extra_there_is_one_word(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     config = Config.from_json(run.config.read_bytes())
