@@ -26,7 +26,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpcft.errors import NotFoundError, UnusableError, UsageError
-from hpcft.places import Place, endpoint_of, flaw_of_url
+from hpcft.places import ADDRESS_HINT, Place, endpoint_of, flaw_of_url
 
 if TYPE_CHECKING:
     from hpcft.durable import Buffer
@@ -87,7 +87,7 @@ class Bucket:
             raise UsageError(f"the address of the object store {flaw}")
         endpoint, flaw = endpoint_of(place, os.environ)
         if flaw:
-            raise UsageError(flaw, "unset the variable, or correct the address: docs/object-storage.md")
+            raise UsageError(flaw, ADDRESS_HINT)
         import obstore
         from obstore.store import S3Store
 

@@ -97,7 +97,7 @@ def run_command(
     loaded = load_config(config, sets)
     check_program(loaded)
     check_torch(loaded)
-    check_mirror(loaded)
+    check_mirror(loaded, os.environ)
     code = run_local(
         loaded,
         config,

@@ -102,7 +102,7 @@ def keep(config: Config, *, from_step: int | None = None) -> NoReturn:
         )
     check_program(config)
     check_torch(config)
-    check_mirror(config)
+    check_mirror(config, os.environ)
     slots = workers_of(config, allocation)
     directory = run_directory(config)
     directory.prepare()

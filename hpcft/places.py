@@ -52,6 +52,9 @@ def flaw_of_endpoint(endpoint: str) -> str:
     return ""
 
 
+ADDRESS_HINT = "unset the variable, or correct the address: docs/object-storage.md"
+
+
 def endpoint_of(place: Place, environment: Mapping[str, str]) -> tuple[str, str]:
     """The address of the store, and why it cannot be used, or nothing. Both empty: Amazon's own.
 

@@ -77,7 +77,7 @@ def prepare(
     from hpcft.rundir import RunDirectory, is_live
 
     check_program(config)
-    check_mirror(config)
+    check_mirror(config, os.environ)
     run = RunDirectory(config.run.root / config.run.name)
     script = SCRIPT.read_text()
     _check_nodes(config, script, sbatch_args)

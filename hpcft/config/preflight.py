@@ -13,13 +13,14 @@ import pkgutil
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from hpcft.errors import UnusableError, UsageError
+from hpcft.places import ADDRESS_HINT, Place, endpoint_of
 
 if TYPE_CHECKING:
     from hpcft.config.model import Config
@@ -45,10 +46,16 @@ def check_torch(config: Config) -> None:
         )
 
 
-def check_mirror(config: Config) -> None:
-    """Raises UsageError if there is to be a mirror and obstore is not installed."""
-    if config.mirror.url and importlib.util.find_spec("obstore") is None:
+def check_mirror(config: Config, environ: Mapping[str, str]) -> None:
+    """Raises UsageError if there is to be a mirror, and obstore is not installed, or the store has no address."""
+    mirror = config.mirror
+    if not mirror.url:
+        return
+    if importlib.util.find_spec("obstore") is None:
         raise UsageError("mirror.url needs obstore, which is not installed", "pip install 'hpcft[s3]'")
+    _, flaw = endpoint_of(Place(mirror.url, mirror.endpoint, mirror.region), environ)
+    if flaw:
+        raise UsageError(flaw, ADDRESS_HINT)
 
 
 def _check_script(script: Path, key: str) -> None:

@@ -624,11 +624,18 @@ def test_on_a_terminal_there_is_a_bar(run: RunDirectory, monkeypatch: pytest.Mon
 def test_without_the_extra_there_is_one_word(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     config = Config.from_json(run.config.read_bytes())
-    for refused in (lambda: check_mirror(config), lambda: operate.list_copies(run)):
+    for refused in (lambda: check_mirror(config, {}), lambda: operate.list_copies(run)):
         with pytest.raises(UsageError, match="obstore, which is not installed") as raised:
             refused()
         assert raised.value.hint == "pip install 'hpcft[s3]'"
-    check_mirror(load(None, sets=["run.name=r", "job.module=m"]))
+    check_mirror(load(None, sets=["run.name=r", "job.module=m"]), {})
+
+
+def test_an_address_in_the_environment_is_checked_before_anything_starts() -> None:
+    config = load(None, sets=["run.name=r", "job.module=m", "mirror.url=s3://bucket"])
+    check_mirror(config, {"AWS_ENDPOINT_URL": "http://127.0.0.1:9000"})
+    with pytest.raises(UsageError, match=r"AWS_ENDPOINT_URL, 'http://127\.0\.0\.1:99999' has a port that there is not"):
+        check_mirror(config, {"AWS_ENDPOINT_URL": "http://127.0.0.1:99999"})
 
 
 @pytest.mark.parametrize(
