@@ -2,7 +2,8 @@
 
 An arena is a memfd: it has no name that could collide with another job's or be left behind, and is gone with the last
 process that holds it. The agent makes it, once, and touches all its pages: a copy into fresh pages takes ten times as
-long as one into pages that are there (docs/decisions/0012-arenas.md). The worker gets it by descriptor and maps it.
+long as one into pages that are there (docs/decisions/0014-copies-in-memory.md). The worker gets it by descriptor and
+maps it.
 
 What lies in it is the image of a shard (see `image`), byte by byte the file that it becomes. What is said once in a
 save, and may be long, goes into a memory file of its own (`memory_file`).

@@ -60,6 +60,11 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert broken == []
 
 
+def test_pages_that_the_code_refers_to_are_there() -> None:
+    named = {page for file in ROOT.glob("hpcft/**/*.py") for page in re.findall(r"docs/[\w/-]+\.md", file.read_text())}
+    assert named and [page for page in sorted(named) if not (ROOT / page).exists()] == []
+
+
 def commands(text: str) -> Iterator[list[str]]:
     """What follows `hpcft` in code, up to the end of the command."""
     code = [line for block in _CODE.findall(text) for line in block.splitlines()] + _INLINE.findall(text)
