@@ -11,6 +11,7 @@ Calls block, for `STALLED_SECONDS` at most without a byte; beyond that it is the
 from __future__ import annotations
 
 import hmac
+import math
 import socket
 import time
 from collections.abc import Sequence
@@ -40,8 +41,8 @@ def accept(listening: socket.socket, token: bytes, seconds: float = STALLED_SECO
         except TimeoutError:
             break
         try:
-            connection.settimeout(PROOF_SECONDS)
-            if hmac.compare_digest(_read(connection, TOKEN_BYTES), token):
+            shown = _read(connection, TOKEN_BYTES, min(until, time.monotonic() + PROOF_SECONDS))
+            if hmac.compare_digest(shown, token):
                 connection.settimeout(STALLED_SECONDS)
                 return connection
         except OSError:
@@ -78,15 +79,20 @@ def send(address: Address, token: bytes, parts: Sequence[tuple[int, int]]) -> No
             raise TransferError("the other node did not take it")
 
 
-def _read(connection: socket.socket, count: int) -> bytes:
+def _read(connection: socket.socket, count: int, until: float) -> bytes:
+    """TimeoutError: they are not all there by then (monotonic), however busily they come."""
     found = bytearray(count)
-    _fill(connection, memoryview(found))
+    _fill(connection, memoryview(found), until)
     return bytes(found)
 
 
-def _fill(connection: socket.socket, view: memoryview) -> None:
+def _fill(connection: socket.socket, view: memoryview, until: float = math.inf) -> None:
     filled = 0
     while filled < len(view):
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        connection.settimeout(min(left, STALLED_SECONDS))
         count = connection.recv_into(view[filled:])
         if not count:
             raise ConnectionError("the connection was cut")

@@ -83,6 +83,29 @@ def test_who_has_another_token_is_sent_away_and_the_right_one_still_comes() -> N
     os.close(file)
 
 
+def test_a_stranger_who_dribbles_does_not_keep_the_right_one_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PROOF_SECONDS", 0.5)
+    image = parts(PLAN)
+    file = memory_file("plan", PLAN)
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()) as stranger:
+        gone = threading.Event()
+
+        def dribble() -> None:
+            with suppress(OSError):
+                while not gone.wait(0.1):
+                    stranger.sendall(b"t")
+
+        dribbling = threading.Thread(target=dribble)
+        dribbling.start()
+        thread, said = receiving(listening, [image], seconds=3.0)
+        transfer.send(listening.getsockname(), TOKEN, [(file, len(PLAN))])
+        thread.join()
+        gone.set()
+        dribbling.join()
+    assert said == ["whole"]
+    os.close(file)
+
+
 def test_a_byte_that_is_not_what_was_sealed_refuses_all_of_it() -> None:
     changed = bytearray(CONTENT)
     changed[-1] ^= 1
