@@ -31,6 +31,10 @@ Holder: TypeAlias = tuple[NodeId, Incarnation]
 KNOWN = 4
 """Of so many steps it is remembered who has taken them."""
 
+STANDSTILL_STEPS = 20
+"""So many steps without a change are an alarm. A gradient scaler passes over steps whose gradients are not finite, and
+halves its scale each time: from the usual 2**16 it has found one after 16 of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -86,9 +90,9 @@ class Holdings:
     words: tuple[SnapshotTaken, ...] = ()
     """What was said of the newest step."""
     digests: Mapping[Rank, str] = field(default_factory=dict)
-    """Of the step before that everybody had taken,"""
-    compared: Step | None = None
-    """which is this one: it may be copied twice, for a checkpoint as well, or told twice."""
+    """Of the newest step that everybody has taken."""
+    unchanged_since: Step = Step(0)
+    """The first of the steps, up to that one, whose copies had these digests."""
     doubt: SnapshotDoubtful | None = None
     """What is wrong with the newest step that everybody has taken."""
 
@@ -165,11 +169,10 @@ class Holdings:
         if {each.node for each in heard.words} != {member.node for member in formation.members}:
             return heard
         digests = {rank: digest for each in heard.words for rank, digest in each.digests}
-        reason = _difference(heard.words, digests)
-        if not reason and event.step != self.compared:
-            reason = _standstill(digests, self.digests)
+        since = self.unchanged_since if digests and digests == self.digests else event.step
+        reason = _difference(heard.words, digests) or _standstill(since, event.step)
         doubt = SnapshotDoubtful(formation.generation, event.step, reason) if reason else None
-        return replace(heard, words=(), digests=digests, compared=event.step, doubt=doubt)
+        return replace(heard, words=(), digests=digests, unchanged_since=since, doubt=doubt)
 
     def useless(self, formation: Formation) -> Mapping[Step, bool]:
         """The latest steps of which copies were made that nobody will start from; True: all have saved it all the same.
@@ -228,10 +231,10 @@ def _difference(words: tuple[SnapshotTaken, ...], digests: Mapping[Rank, str]) -
     return ""
 
 
-def _standstill(digests: Mapping[Rank, str], before: Mapping[Rank, str]) -> str:
-    """An optimizer counts its steps, so no two steps have the same state."""
-    if digests and digests == before:
-        return "the copies are the same as those of the step before them: what is given to run.restore does not train"
+def _standstill(since: Step, step: Step) -> str:
+    """An optimizer counts its steps, so two steps have the same state only where it was not called."""
+    if step - since >= STANDSTILL_STEPS:
+        return f"the copies are the same as those of step {since}: what is given to run.restore does not train"
     return ""
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.events import CheckpointRef, CopiesAlone, CopiesKept, Formation, Member, SnapshotDropped, SnapshotTaken
-from hpcft.holdings import KNOWN, Holdings
+from hpcft.holdings import KNOWN, STANDSTILL_STEPS, Holdings
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step, Term
 
 A, B = (
@@ -141,15 +141,25 @@ def test_replicas_that_differ_are_named_with_their_nodes() -> None:
 
 
 def test_copies_that_stand_still_are_an_alarm() -> None:
-    doubt = heard(*spoken(10), *spoken(20)).doubt
-    assert doubt is not None and (doubt.step, doubt.generation) == (20, 1)
-    assert "does not train" in doubt.reason
-    assert heard(*spoken(10), *spoken(20, a="x")).doubt is None, "one rank's share may stand still: it is frozen"
+    doubt = heard(*spoken(10), *spoken(30)).doubt
+    assert doubt is not None and (doubt.step, doubt.generation) == (30, 1)
+    assert "the same as those of step 10" in doubt.reason and "does not train" in doubt.reason
+    assert heard(*spoken(10), *spoken(30, a="x")).doubt is None, "one rank's share may stand still: it is frozen"
     assert heard(*spoken(10), *spoken(10)).doubt is None, "one step, copied twice"
     again = heard(*spoken(10)).begin(FIRST)
-    for word in spoken(20):
+    for word in spoken(30):
         again = again.took(word, FIRST)
     assert again.doubt is None, "another generation has other copies"
+
+
+def test_steps_that_a_gradient_scaler_passes_over_are_none() -> None:
+    def copied(steps: range) -> Holdings:
+        return heard(*(word for step in steps for word in spoken(step)))
+
+    assert copied(range(10, 10 + STANDSTILL_STEPS)).doubt is None
+    assert copied(range(10, 10 + STANDSTILL_STEPS + 1)).doubt is not None
+    trained = heard(*(word for step in (10, 25, 30, 40) for word in spoken(step, a=str(step // 20))))
+    assert trained.doubt is None, "each change begins anew"
 
 
 C = Member(NodeId("c"), Incarnation("c1"), "10.0.0.3", 2, Rank(4))
