@@ -155,6 +155,13 @@ def digest(data: Buffer) -> str:
     return xxhash.xxh3_128(data).hexdigest()
 
 
+def chunk_count(size: int) -> int:
+    """How many digests stand for a file of this size; it must not be negative."""
+    if size < 0:
+        raise ValueError(f"{size} bytes")
+    return -(-size // CHUNK_BYTES)
+
+
 def chunk_digests(data: memoryview) -> Iterator[str]:
     """The digest of each `CHUNK_BYTES` of these bytes."""
     for start in range(0, len(data), CHUNK_BYTES):

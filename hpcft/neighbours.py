@@ -23,15 +23,19 @@ import orjson
 
 from hpcft.carriers import Carrier, JobFailed
 from hpcft.checkpoint.arena import content_of, memory_file
+from hpcft.durable import chunk_count
 from hpcft.events import Member
 from hpcft.ids import Generation, Rank, Step
 from hpcft.stream import Stream, StreamClosed
 from hpcft.transfer import TOKEN_BYTES
+from hpcft.units import human_size
 
 SLOWEST = 20e6
 """Bytes per second: what takes longer than this is given up."""
 SETTLING_SECONDS = 30.0
 """Beside the bytes: for an arena that has to be made, say."""
+MORE_BYTES = 256 << 20
+"""What belongs to a copy, its plan or its values, is not larger: it is received without having been reserved."""
 
 Dial = Callable[[Member], Awaitable[Stream]]
 """Opens a stream to a member's agent. StreamClosed: it is not reachable."""
@@ -87,6 +91,11 @@ class Offer:
         )
         if offer.step < 0 or offer.size <= 0 or len(more) not in (1, 2):
             raise ValueError("not an offer of a copy")
+        for size, listed in ((offer.size, offer.digests), *more):
+            if len(listed) != chunk_count(size):
+                raise ValueError(f"not an offer of a copy: {len(listed)} digests for {size} bytes")
+        if any(size > MORE_BYTES for size, _ in more):
+            raise ValueError(f"what belongs to a copy may have {human_size(MORE_BYTES)} at most")
         return offer
 
 

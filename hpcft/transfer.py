@@ -54,6 +54,8 @@ def accept(listening: socket.socket, token: bytes, seconds: float = STALLED_SECO
 def receive(connection: socket.socket, parts: Sequence[tuple[memoryview, Sequence[str]]]) -> None:
     """Fill the parts, each with the digests that its chunks must have. TransferError, OSError: what came is no use."""
     for view, digests in parts:
+        if len(digests) != durable.chunk_count(len(view)):
+            raise TransferError(f"{len(digests)} digests for {len(view)} bytes")
         for number, begin in enumerate(range(0, len(view), CHUNK_BYTES)):
             chunk = view[begin : begin + CHUNK_BYTES]
             _fill(connection, chunk)

@@ -29,7 +29,7 @@ from hpcft.checkpoint.layout import (
     unseal,
 )
 from hpcft.checkpoint.pieces import DTYPE_BYTES, Piece, TensorShape, find_gap, index_digest
-from hpcft.durable import CHUNK_BYTES
+from hpcft.durable import CHUNK_BYTES, chunk_count
 from hpcft.errors import UnusableError
 from hpcft.ids import Generation, Rank, RunId, Step, Term
 
@@ -298,7 +298,7 @@ def _parse_file(fields: Fields) -> FileEntry:
         digests=fields.texts("digests"),
         tensors=fields.each("tensors", parse_placed),
     )
-    if len(entry.digests) != -(-entry.size // CHUNK_BYTES):
+    if len(entry.digests) != chunk_count(entry.size):
         raise fields.refuse(f"has {len(entry.digests)} digests for {entry.size} bytes")
     if any(not _DIGEST.fullmatch(digest) for digest in entry.digests):
         raise fields.refuse("has a digest that is none")

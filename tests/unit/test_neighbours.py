@@ -21,6 +21,7 @@ from hpcft.checkpoint.arena import Arena, memory_file
 from hpcft.checkpoint.write import Plan
 from hpcft.events import CheckpointRef, CopiesAlone, CopiesKept, Event, Formation, Member, Persist, SnapshotTaken
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step, Term
+from hpcft.neighbours import MORE_BYTES, Offer
 from hpcft.snapshots import SaveSettings, Snapshots
 from hpcft.tcp import listen
 
@@ -390,6 +391,36 @@ def test_carriers_that_are_killed_cost_the_copy_that_they_carry_and_no_other(tmp
             await until(lambda: CopiesKept(NodeId("b"), Generation(2), Step(30), NodeId("a")) in b.said)
 
     asyncio.run(scenario())
+
+
+OFFER = {
+    "generation": 1,
+    "rank": 0,
+    "message": {"step": 10, "size": SIZE},
+    "digests": ["0", "1"],
+    "more": [[len(PLAN), ["2"]], [0, []]],
+}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"digests": ["0"]},
+        {"digests": ["0", "1", "2"]},
+        {"more": [[len(PLAN), []]]},
+        {"more": [[-1, []]]},
+        {"more": [[1 << 50, ["2"]]]},
+        {"more": [[MORE_BYTES + 1, ["2"] * durable.chunk_count(MORE_BYTES + 1)]]},
+        {"more": []},
+        {"message": {"step": 10, "size": 0}, "digests": []},
+        {"message": {"step": -1, "size": SIZE}},
+    ],
+    ids=str,
+)
+def test_an_offer_names_sizes_that_can_be_and_a_digest_of_each_chunk(wrong: dict[str, Any]) -> None:
+    assert Offer.parse({"offer": OFFER}).more[1] == (0, ())
+    with pytest.raises(ValueError):
+        Offer.parse({"offer": OFFER | wrong})
 
 
 def test_an_offer_of_nonsense_is_refused(tmp_path: Path) -> None:
