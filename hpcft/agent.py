@@ -28,6 +28,7 @@ from typing import Any, assert_never
 
 from hpcft import process, stream, terms, verdicts, wire
 from hpcft import secret as run_secret
+from hpcft.carriers import is_carrier
 from hpcft.errors import DamagedError, ExitCode, HpcftError, NotFoundError, UnusableError, UsageError
 from hpcft.events import (
     Confirm,
@@ -304,7 +305,9 @@ class Agent:
 
     async def _outlast_the_undead(self) -> None:
         """Workers of an earlier life may hang in the kernel. Where they are, nothing can be promised, and whatever they
-        wait for is likely to catch their successors, too."""
+        wait for is likely to catch their successors, too.
+
+        Carriers may as well: they are for that. What they still do is to add files that nobody reads."""
         if self._station.life == 1:
             return
         named: list[int] = []
@@ -322,7 +325,7 @@ class Agent:
         pool = self._pool
         below = process.descendants(os.getppid(), without=[os.getpid(), pool])
         below += process.descendants(pool, without=self._helpers)
-        return sorted(pid for pid in below if process.lives(pid))
+        return sorted(pid for pid in below if process.lives(pid) and not is_carrier(pid))
 
     def _is_outdated(self, holder: TermRecord) -> bool:
         """This agent outlived its start: Slurm could not reach the node when it gave the job to the queue."""

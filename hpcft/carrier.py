@@ -41,7 +41,7 @@ from hpcft.checkpoint.arena import Arena, content_of, memory_file
 from hpcft.checkpoint.manifest import parse_metrics
 from hpcft.checkpoint.write import Plan, SaveError, Words, write_share
 from hpcft.errors import HpcftError
-from hpcft.process import die_with_parent
+from hpcft.process import CARRIER_NAME, die_with_parent, take_name
 from hpcft.tcp import listen
 
 _PACKET = 1 << 17
@@ -221,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, required=True, help="the agent's process")
     options = parser.parse_args(arguments)
     die_with_parent(options.parent)
+    take_name(CARRIER_NAME)
     with suppress(OSError):
         os.nice(_NICENESS)
     channel = socket.socket(fileno=options.channel)

@@ -11,13 +11,21 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import orjson
 
-from hpcft.process import FORWARDED
+from hpcft.process import CARRIER_NAME, FORWARDED, arguments_of, name_of
 
 _PACKET = 1 << 17
+_MODULE = "hpcft.carrier"
+
+
+def is_carrier(pid: int) -> bool:
+    """Whether this process is one, of whatever agent: killed or not, as long as it is not gone."""
+    # One that hangs while it ends has no command line any more, one that hangs while it starts has no name yet.
+    return name_of(pid) == CARRIER_NAME or (b"-m", _MODULE.encode()) in pairwise(arguments_of(pid))
 
 
 class JobFailed(Exception):
@@ -99,7 +107,7 @@ class Carrier:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "hpcft.carrier", *numbers],
+                    [sys.executable, "-P", "-m", _MODULE, *numbers],
                     stdin=subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(),),
                 )

@@ -29,6 +29,9 @@ FORWARDED = (
 )
 """What Slurm or an operator says to every process of a job, and is meant for its agent."""
 
+CARRIER_NAME = "hpcft-carrier"
+"""What carriers call themselves."""
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -117,6 +120,27 @@ def lives(pid: int) -> bool:
     except OSError:
         return False
     return any(fields[0] not in (b"Z", b"X") for task in tasks if (fields := _stat(f"{pid}/task/{task}")))
+
+
+def arguments_of(pid: int) -> list[bytes]:
+    """Its command line; empty when it is gone, or is about to go: it may still hang in the kernel then."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+    except OSError:
+        return []
+
+
+def name_of(pid: int) -> str:
+    """What it has called itself (see `take_name`), or the name of its program; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").removesuffix("\n")
+    except OSError:
+        return ""
+
+
+def take_name(name: str) -> None:
+    """Have this process shown under a name of at most 15 bytes, which stays until it is gone."""
+    Path("/proc/self/comm").write_text(name)
 
 
 def began_at(pid: int) -> float:

@@ -6,6 +6,8 @@ import asyncio
 import errno
 import os
 import signal
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from hpcft import agent as agents
 from hpcft import durable, terms
 from hpcft.agent import Agent, Ended, Station
+from hpcft.carriers import Carrier
 from hpcft.errors import DamagedError, ExitCode
 from hpcft.ids import NodeId
 from hpcft.keeper import AGENT_RESTART
@@ -131,6 +134,24 @@ async def test_a_claim_that_was_made_and_seemed_to_fail_holds_nobody_up(
         for task in living:
             task.cancel()
         await asyncio.gather(*living, return_exceptions=True)
+
+
+async def test_an_earlier_lifes_carrier_keeps_nobody_out_and_its_workers_do(
+    allocation: Allocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both hang in the kernel, say, and have come to the keeper, which is this process here."""
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    carrier = Carrier()
+    assert await carrier.carry({"do": "digest"}) == ({"digests": []}, [])
+    agent = allocation.agent(0)
+    worker = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", "hpcft.carrier", stdin=PIPE)
+    try:
+        assert agent._undead() == [worker.pid]
+    finally:
+        worker.kill()
+        await worker.wait()
+        carrier.leave_behind()
+    assert agent._undead() == []
 
 
 async def test_no_signal_that_slurm_may_send_ends_an_agent_at_once(allocation: Allocation) -> None:

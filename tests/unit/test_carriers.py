@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -9,8 +10,8 @@ import sys
 
 import pytest
 
-from hpcft.carriers import Carrier, JobFailed
-from hpcft.process import FORWARDED
+from hpcft.carriers import Carrier, JobFailed, is_carrier
+from hpcft.process import FORWARDED, arguments_of, state_of
 
 RESERVE = {"do": "reserve", "size": 8192, "count": 1}
 
@@ -46,6 +47,28 @@ async def test_one_that_was_left_behind_is_replaced_and_leaves_no_zombie() -> No
     os.close(fd)
     assert pid_of(carrier) != process.pid
     carrier.leave_behind()
+
+
+async def test_one_is_known_for_what_it_is_as_long_as_it_is_there() -> None:
+    carrier = Carrier()
+    assert await carrier.carry({"do": "digest"}) == ({"digests": []}, [])
+    pid = pid_of(carrier)
+    os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(60):
+        while state_of(pid) != "Z":  # nobody reaps it yet  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert arguments_of(pid) == [] and is_carrier(pid)
+    carrier.leave_behind()
+
+
+@pytest.mark.parametrize(("arguments", "is_one"), [(["-m", "hpcft.carrier"], True), (["hpcft.carrier"], False)])
+def test_one_that_has_only_begun_is_known_by_its_arguments(arguments: list[str], is_one: bool) -> None:
+    command = [sys.executable, "-c", "print(flush=True); input()", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        found = is_carrier(process.pid)
+        process.kill()
+    assert found == is_one
 
 
 async def test_a_job_that_is_none_says_so() -> None:

@@ -15,6 +15,7 @@ from saving_node import SavingNode, saving_node, until
 from torch import nn
 
 from hpcft import process
+from hpcft.carriers import is_carrier
 from hpcft.checkpoint.read import entries
 from hpcft.events import CheckpointFailed
 from tests import fuse
@@ -153,6 +154,8 @@ async def hang(node: SavingNode, server: fuse.Server, mood: int) -> None:
     saved = await node.save(5, wait=True)
     await until(lambda: [each.step for each in node.report().saves] == [5])
     assert node.carrier(0) != hanging
+    if mood == fuse.NO_ANSWER:
+        assert process.lives(hanging) and is_carrier(hanging), "killed, and still known for what it is"
     server.now(fuse.GO_ON if mood == fuse.HANG else fuse.GOOD)
     await node.committed(5, saved)
     await until(lambda: not process.lives(hanging))
