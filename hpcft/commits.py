@@ -50,6 +50,9 @@ from hpcft.ids import Generation, Rank, RunId, Step
 
 log = logging.getLogger("hpcft.commits")
 
+REMEMBERED = 100
+"""So many of a generation's latest saves are remembered, for what is said of them late, or again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Retention:
@@ -99,6 +102,25 @@ class _Saves:
     """Given up: what a rank that was late still writes of them goes, too."""
     attempts: dict[Step, str] = field(default_factory=dict)
     """Nonces of those that are written once more, from memory."""
+    forgotten: Step = Step(-1)
+    """Of this step and those before it only one thing is known: that they are settled."""
+
+    def is_settled(self, step: Step) -> bool:
+        return step <= self.forgotten or step in self.settled
+
+    def is_dropped(self, step: Step) -> bool:
+        """What is forgotten may have been: what is still written of it is of no use in any case."""
+        return step <= self.forgotten or step in self.dropped
+
+    def settle(self, step: Step) -> None:
+        self.settled.add(step)
+        while len(self.settled) > REMEMBERED:
+            oldest = min(self.settled)
+            self.settled.discard(oldest)
+            self.dropped.discard(oldest)
+            self.attempts.pop(oldest, None)
+            self.forgotten = max(self.forgotten, oldest)
+        self.superseded = {each for each in self.superseded if each > self.forgotten}
 
     def nonce(self, step: Step) -> str:
         return self.attempts.get(step, self.formation.nonce)
@@ -203,7 +225,7 @@ class Commits:
         if parsed.nonce != saves.nonce(step):
             self._committing.put(lambda: self._discard(saves.name(step), parsed.nonce))
             return  # of an attempt that was given up
-        if step in saves.dropped:
+        if saves.is_dropped(step):
             self._drop(saves, step)
             return
         world_size = saves.formation.world_size
@@ -214,7 +236,7 @@ class Commits:
             return
         del saves.reports[step]
         took = saves.timings.pop(step)
-        saves.settled.add(step)
+        saves.settle(step)
         for older in [each for each in saves.reports if each < step]:
             if older in saves.superseded:
                 self._drop(saves, older)
@@ -224,7 +246,7 @@ class Commits:
         if self._origin is not None and saves is self._saves:
             origin, restore = self._origin, saves.formation.restore
             self._origin = None  # what has come of its state is durable now
-            if restore is not None and restore.step not in origin.settled:
+            if restore is not None and not origin.is_settled(restore.step):
                 self._drop(origin, restore.step)
         self._committing.put(lambda: self._commit(saves, step, tuple(reports.values()), took))
 
@@ -232,7 +254,7 @@ class Commits:
         """Rank `rank` could not write its files of `step`, in the attempt of this nonce, else in the first."""
         saves = self._of(generation, step)
         if saves is not None and (nonce or saves.formation.nonce) == saves.nonce(step):
-            if step in saves.dropped:
+            if saves.is_dropped(step):
                 self._drop(saves, step)  # what it wrote before it failed
             self._give_up(saves, step, f"rank {rank}: {reason}")
 
@@ -251,7 +273,7 @@ class Commits:
 
     def settled(self, step: Step) -> bool:
         """Whether all ranks have reported this save, or one that it has failed."""
-        return self._saves is not None and step in self._saves.settled
+        return self._saves is not None and self._saves.is_settled(step)
 
     def retain(self, lineage: tuple[CheckpointRef, ...]) -> None:
         """The world's lineage has grown: what it no longer needs may go."""
@@ -283,13 +305,13 @@ class Commits:
         self._closed.set()
 
     def _give_up(self, saves: _Saves, step: Step, reason: str) -> None:
-        if step not in saves.settled:
+        if not saves.is_settled(step):
             self._drop(saves, step)
             self._deliver(CheckpointFailed(step, saves.formation.generation, reason))
 
     def _drop(self, saves: _Saves, step: Step) -> None:
-        saves.settled.add(step)
         saves.dropped.add(step)
+        saves.settle(step)
         saves.reports.pop(step, None)
         saves.timings.pop(step, None)
         nonce = saves.nonce(step)

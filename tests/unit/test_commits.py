@@ -17,6 +17,7 @@ from checkpoint_samples import NONCE, RUN, committed, pin, save, training_state
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpcft import commits as commits_module
 from hpcft import durable
 from hpcft.checkpoint import marks, read
 from hpcft.checkpoint.layout import CheckpointEntry, checkpoint_name, parse_staging, staging_name
@@ -445,6 +446,31 @@ def test_a_save_that_was_superseded_is_no_failure_and_leaves_nothing(tmp_path: P
         commits.reported(Generation(1), Step(12), Rank(1), second.to_json())
         commits.failed(Generation(1), Step(12), Rank(1), "its directory has gone")
     assert (left(tmp_path), unfinished(tmp_path)) == ([(14, 1)], [])
+
+
+def test_saves_of_long_ago_cost_no_memory_and_stay_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commits_module, "REMEMBERED", 3)
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(1, None))
+        report(commits, tmp_path, 10, 1)
+        assert isinstance(next_event(), CheckpointCommitted)
+        late, _ = save(tmp_path, flatten(training_state(20)), 20, 1, world_size=WORKERS)
+        for step in range(20, 120, 10):
+            commits.supersede(Step(step))
+            commits.failed(Generation(1), Step(step), Rank(1), "its disk is full")
+            assert isinstance(next_event(), CheckpointFailed)
+        saves = commits._saves
+        assert saves is not None
+        assert [len(each) for each in (saves.settled, saves.dropped, saves.superseded)] == [3, 3, 3]
+        commits.reported(Generation(1), Step(20), Rank(0), late.to_json())
+        commits.failed(Generation(1), Step(20), Rank(1), "its disk is full")
+        for rank in (0, 1):
+            commits.failed(Generation(1), Step(10), Rank(rank), "said once more")
+        assert commits.settled(Step(20)) and not commits.settled(Step(120))
+        report(commits, tmp_path, 130, 1)
+        event = next_event()
+        assert isinstance(event, CheckpointCommitted) and event.checkpoint == ref(130)
+    assert (left(tmp_path), unfinished(tmp_path)) == ([(10, 1), (130, 1)], [])
 
 
 def test_a_save_that_all_have_made_counts_whatever_was_ordered_after_it(tmp_path: Path) -> None:
