@@ -154,10 +154,13 @@ class Carrier:
         image = arena.view[: plan.size]
         _sync_ledger(job["ledger"])
         began = time.monotonic()
+        direct = False
 
         def store(path: Path) -> durable.Written:
             pacing = self._pacing(job["bandwidth"])
+            nonlocal direct
             written = durable.write_image(path, image, direct=job["direct"], before=pacing)
+            direct = written.direct
             if written.digests != sealed:
                 raise SaveError(
                     "the copy in memory has changed since it was sealed: bad memory, or a program's stray write"
@@ -165,7 +168,7 @@ class Carrier:
             return written
 
         report = write_share(Path(job["root"]), job["name"], job["nonce"], plan, words, store)
-        self._say({"done": {"report": report.to_json(), "seconds": time.monotonic() - began}})
+        self._say({"done": {"report": report.to_json(), "seconds": time.monotonic() - began, "direct": direct}})
 
     def _arena(self, fd: int) -> Arena:
         known = self._arenas.get(_identity(fd))

@@ -20,13 +20,12 @@ process is killed; such leftovers start with a dot and end in ``.aside`` (`is_as
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from typing import TypeAlias, TypeVar
@@ -58,6 +57,8 @@ class Written:
 
     size: int
     digests: tuple[str, ...]
+    direct: bool = field(default=False, compare=False)
+    """It went around the page cache, but for what is less than a block."""
 
 
 def replace(path: Path, data: Buffer, mode: int = 0o644) -> None:
@@ -139,7 +140,8 @@ def write_image(
 ) -> Written:
     """`write_file` for bytes that lie in memory as one: the digest of a chunk is taken while the one before is written.
 
-    `direct` goes around the page cache (O_DIRECT; `image` has to begin at a page), where the file system lets it.
+    `direct` goes around the page cache (O_DIRECT; `image` has to begin at a page), where the file system lets it. What
+    it does not take in this way, it gets in the other one.
     `before` is called ahead of each chunk, and of the fsync, with the bytes written so far; it may take its time.
     """
     return _write_new(path, 0o644, lambda fd: _write_image(fd, image, direct, before))
@@ -224,19 +226,19 @@ def _write_new(path: Path, mode: int, write: Callable[[int], T]) -> T:
 
 
 def _write_image(fd: int, image: memoryview, direct: bool, before: Callable[[int], None]) -> Written:
-    direct = direct and _go_direct(fd, True)
+    direct = passed = direct and _go_direct(fd, True)
 
     def put(part: memoryview) -> None:
-        nonlocal direct
+        nonlocal direct, passed
         blocks = len(part) - len(part) % _DIRECT_BYTES if direct else 0
         written = 0
         try:
             while written < blocks:
                 written += os.write(fd, part[written:blocks])
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            # direct writes are refused only now, or after a short one; what was written counts
+        except OSError:
+            # Direct writes are refused only now, or after a short one, or this device fails them. What was written
+            # counts, and whether the rest can be written at all is said by the cache's way and its fsync.
+            passed = False
         if written < len(part):
             direct = direct and _go_direct(fd, False)
             _write_all(fd, part[written:])
@@ -253,7 +255,7 @@ def _write_image(fd: int, image: memoryview, direct: bool, before: Callable[[int
                     os.posix_fadvise(fd, start, len(part), os.POSIX_FADV_DONTNEED)
             digests.append(digesting.result())
     before(len(image))
-    return Written(len(image), tuple(digests))
+    return Written(len(image), tuple(digests), passed)
 
 
 def _go_direct(fd: int, direct: bool) -> bool:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -99,10 +100,11 @@ class Ways:
             return False
         if not self.direct or not self.buffered:
             return not self.direct
-        faster = median(self.direct) >= median(self.buffered)
+        faster = median(self.direct) > median(self.buffered)
         return faster != (self.saves % TRIED_ANEW == 0)
 
     def seen(self, direct: bool, size: int, seconds: float) -> Ways:
+        """A save has gone this way. One that has failed on it has taken for ever (inf)."""
         if size < TELLING_BYTES or seconds <= 0:
             return self
         rate = size / seconds
@@ -540,10 +542,12 @@ class Snapshots:
             done, _ = await share.disk.carry(job, fds, told)
         except JobFailed as error:
             copy.written = 0
+            self._ways = self._ways.seen(direct, copy.size, math.inf)
             self._fail(copy, str(error))
         else:
             copy.written = copy.size
-            self._ways = self._ways.seen(direct, copy.size, done["seconds"])
+            as_asked = done["direct"] == direct
+            self._ways = self._ways.seen(direct, copy.size, done["seconds"] if as_asked else math.inf)
             blocked = message["blocked"]
             took = blocked + time.monotonic() - copy.made_at
             copy.outcome = {"shard": {**about, "report": done["report"], "blocked": blocked, "took": took}}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import resource
@@ -227,6 +228,26 @@ def test_short_writes_of_an_image_are_completed(monkeypatch: pytest.MonkeyPatch,
             assert len(taken) > 2
             assert (disk / "image").read_bytes() == image
             (disk / "image").unlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+def test_what_is_not_taken_around_the_page_cache_goes_through_it(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """From the second chunk on."""
+    write, seen = os.write, []
+
+    def failing(fd: int, data: memoryview) -> int:
+        seen.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
+        if seen[-1] and seen.count(True) > 1:
+            raise OSError(number, os.strerror(number))
+        return write(fd, data)
+
+    with quick_directory() as place, small_file_system(place, "ext4", 96) as disk, image_of(2 * CHUNK) as image:
+        whole = durable.write_image(disk / "whole", image, direct=True)
+        monkeypatch.setattr(os, "write", failing)
+        written = durable.write_image(disk / "image", image, direct=True)
+        assert (disk / "image").read_bytes() == image
+    assert written == whole and not written.direct and seen == [True, True, False]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -60,6 +61,16 @@ def test_the_slower_way_has_another_chance_now_and_then() -> None:
         taken.append(ways.goes_direct(BIG))
         ways = ways.seen(taken[-1], BIG, 1.0 if taken[-1] else 2.0)
     assert taken.count(False) == 2
+
+
+def test_a_way_on_which_a_save_has_failed_is_not_the_next_ones() -> None:
+    ways = Ways().seen(True, BIG, math.inf)
+    assert not ways.goes_direct(BIG)
+    ways = ways.seen(False, BIG, math.inf)  # the file system itself is broken
+    for _ in range(3):
+        assert not ways.goes_direct(BIG), "through the cache it goes everywhere"
+        ways = ways.seen(False, BIG, 1.0)
+    assert not ways.goes_direct(BIG)
 
 
 def test_small_files_say_nothing_of_a_way() -> None:
