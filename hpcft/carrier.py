@@ -15,7 +15,7 @@ send copies to a neighbour, and receive them (see `transfer`).
                        {"do": "send", "host", "port", "token", "sizes"} + [arena, plan, values?]
                        {"do": "listen", "host"}, and then
                        {"do": "receive", "token", "size", "more": [[size, digests], …]} + [arena, digests]
-    carrier -> agent   {"written": bytes}, now and then
+    carrier -> agent   {"written": bytes}, now and then; made so far, of arenas
                        {"done": …} + the arenas, the digests, or what was received; or {"failed": reason}; once
 
 SOCK_SEQPACKET, one JSON object per packet, one job at a time. The end of the channel is the end of the carrier. No
@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,12 @@ class Carrier:
         for arena in self._arenas.values():
             arena.close()
         self._arenas.clear()
-        made = [Arena.reserve(size) for _ in range(count)]
+        made = [Arena.reserve(size, partial(self._made, number * size)) for number in range(count)]
         self._arenas = {_identity(arena.fd): arena for arena in made}
         self._say({"done": {}}, [arena.fd for arena in made])
+
+    def _made(self, before: int, of_this: int) -> None:
+        self._say({"written": before + of_this})
 
     def _seal(self, fd: int, size: int) -> None:
         """Take the digests with which the copy will be compared whenever it is used."""
@@ -172,8 +176,10 @@ class Carrier:
 
     def _arena(self, fd: int) -> Arena:
         known = self._arenas.get(_identity(fd))
-        if known is None:  # made by a carrier that was left behind
+        if known is None:  # made by another one
             known = Arena(os.dup(fd))
+            for identity in [each for each, arena in self._arenas.items() if arena.size != known.size]:
+                self._arenas.pop(identity).close()  # outgrown: its memory is free when nobody has it mapped
             self._arenas[_identity(fd)] = known
         return known
 

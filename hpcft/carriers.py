@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -19,6 +20,8 @@ import orjson
 from hpcft.process import CARRIER_NAME, FORWARDED, arguments_of, name_of
 
 _PACKET = 1 << 17
+LEFT_BEHIND = 4
+"""While so many of a carrier's processes hang, there is not another one: each costs memory, and would hang as well."""
 _MODULE = "hpcft.carrier"
 
 
@@ -42,25 +45,30 @@ class Carrier:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._turn = asyncio.Lock()
+        self._left: list[subprocess.Popen[bytes]] = []
+        """Killed, and not gone when that was last looked at."""
 
     async def carry(
         self,
         job: Mapping[str, Any],
         fds: Sequence[int] = (),
         told: Callable[[int], None] = lambda written: None,
+        patience: float = math.inf,
     ) -> tuple[dict[str, Any], list[int]]:
         """Have it done: returns what was made, with the descriptors that came along, which are the caller's.
 
-        `told` hears now and then how many bytes are written. Cancelled, the process is left behind.
+        `told` hears now and then how many bytes are written, or made. Cancelled, the process is left behind.
 
         Raises:
-            JobFailed: it could not be done, or the process has died over it.
+            JobFailed: it could not be done, or the process has died over it, or has said nothing for `patience` seconds
+                and is left behind.
         """
         async with self._turn:
             try:
                 channel = self._give(orjson.dumps(job), fds)
                 while True:
-                    await _readable(channel)
+                    async with asyncio.timeout(None if patience == math.inf else patience):
+                        await _readable(channel)
                     packet, found, _, _ = socket.recv_fds(channel, _PACKET, 8, socket.MSG_CMSG_CLOEXEC)
                     if not packet:
                         raise ConnectionResetError
@@ -71,6 +79,9 @@ class Carrier:
                             return done, found
                         case {"failed": str() as reason}:
                             raise JobFailed(reason)
+            except TimeoutError as error:
+                self.leave_behind()
+                raise JobFailed(f"no progress in {patience:g} s, and none is waited for any more") from error
             except OSError as error:
                 self.leave_behind()
                 raise JobFailed("the process that was to do it has died (out of memory, perhaps)") from error
@@ -82,7 +93,7 @@ class Carrier:
         """Start the process ahead of its first job. Where that fails, the job will say so."""
         async with self._turn:
             if self._channel is None:
-                with suppress(OSError):
+                with suppress(OSError, JobFailed):
                     self._start()
 
     def _give(self, packet: bytes, fds: Sequence[int]) -> socket.socket:
@@ -99,6 +110,10 @@ class Carrier:
         return channel
 
     def _start(self) -> socket.socket:
+        self._left = [each for each in self._left if each.returncode is None]
+        if len(self._left) >= LEFT_BEHIND:
+            pids = ", ".join(str(each.pid) for each in self._left)
+            raise JobFailed(f"processes that were given up before still hang in the kernel ({pids})")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             numbers = ["--channel", str(theirs.fileno()), "--parent", str(os.getpid())]
@@ -125,6 +140,7 @@ class Carrier:
         if self._process is not None:
             self._process.kill()
             threading.Thread(target=self._process.wait, name="hpcft-reap", daemon=True).start()
+            self._left.append(self._process)
             self._process = None
 
 

@@ -23,9 +23,10 @@ import orjson
 
 from hpcft.carriers import Carrier, JobFailed
 from hpcft.checkpoint.arena import content_of, memory_file
+from hpcft.copies import Label
 from hpcft.durable import chunk_count
 from hpcft.events import Member
-from hpcft.ids import Generation, Rank, Step
+from hpcft.ids import Generation, Rank
 from hpcft.stream import Stream, StreamClosed
 from hpcft.transfer import TOKEN_BYTES
 from hpcft.units import human_size
@@ -49,49 +50,32 @@ class NotKeptError(Exception):
 class Offer:
     """One rank's sealed copy of a step."""
 
-    generation: Generation
-    rank: Rank
-    message: Mapping[str, Any]
-    """The worker's, about the copy: `step` and `size` among others."""
+    label: Label
     digests: tuple[str, ...]
     """Of the chunks of the image."""
     more: tuple[tuple[int, tuple[str, ...]], ...]
     """Size and digests of the plan, and of the values if there are any."""
 
     @property
-    def step(self) -> Step:
-        return Step(self.message["step"])
-
-    @property
-    def size(self) -> int:
-        return int(self.message["size"])
-
-    @property
     def limit(self) -> float:
         """Seconds that its transfer may take."""
-        return SETTLING_SECONDS + self.size / SLOWEST
+        return SETTLING_SECONDS + self.label.size / SLOWEST
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "generation": self.generation,
-            "rank": self.rank,
-            "message": dict(self.message),
-            "digests": self.digests,
-            "more": self.more,
-        }
+        label = self.label
+        whose = {"generation": label.generation, "rank": label.rank, "message": dict(label.message)}
+        return {**whose, "digests": self.digests, "more": self.more}
 
     @classmethod
     def parse(cls, said: Mapping[str, Any]) -> Offer:
         """KeyError, TypeError, ValueError: that is no offer."""
         found = said["offer"]
+        label = Label(Generation(int(found["generation"])), Rank(int(found["rank"])), dict(found["message"]))
         more = tuple((int(size), tuple(map(str, digests))) for size, digests in found["more"])
-        digests = tuple(map(str, found["digests"]))
-        offer = cls(
-            Generation(int(found["generation"])), Rank(int(found["rank"])), dict(found["message"]), digests, more
-        )
-        if offer.step < 0 or offer.size <= 0 or len(more) not in (1, 2):
+        offer = cls(label, tuple(map(str, found["digests"])), more)
+        if label.step < 0 or label.size <= 0 or len(more) not in (1, 2):
             raise ValueError("not an offer of a copy")
-        for size, listed in ((offer.size, offer.digests), *more):
+        for size, listed in ((label.size, offer.digests), *more):
             if len(listed) != chunk_count(size):
                 raise ValueError(f"not an offer of a copy: {len(listed)} digests for {size} bytes")
         if any(size > MORE_BYTES for size, _ in more):
@@ -99,14 +83,12 @@ class Offer:
         return offer
 
 
-async def offer_of(
-    carrier: Carrier, generation: Generation, rank: Rank, message: Mapping[str, Any], digests: int, more: Sequence[int]
-) -> Offer:
+async def offer_of(carrier: Carrier, label: Label, digests: int, more: Sequence[int]) -> Offer:
     """What is said of a sealed copy; `digests` and `more` are its memory files. JobFailed: they could not be read."""
     done, _ = await carrier.carry({"do": "digest"}, more)
     sizes = [os.fstat(fd).st_size for fd in more]
     described = tuple((size, tuple(found)) for size, found in zip(sizes, done["digests"], strict=True))
-    return Offer(generation, rank, message, tuple(orjson.loads(content_of(digests))), described)
+    return Offer(label, tuple(orjson.loads(content_of(digests))), described)
 
 
 async def hand_over(peer: Stream, host: str, offer: Offer, carrier: Carrier, fds: Sequence[int]) -> None:
@@ -118,7 +100,7 @@ async def hand_over(peer: Stream, host: str, offer: Offer, carrier: Carrier, fds
         peer.send({"offer": offer.to_json()})
         where = await peer.receive()
         if "at" in where:
-            sizes = [offer.size, *(size for size, _ in offer.more)]
+            sizes = [offer.label.size, *(size for size, _ in offer.more)]
             job = {"do": "send", "host": host, "port": where["at"], "token": where["token"], "sizes": sizes}
             try:
                 await carrier.carry(job, fds)
@@ -153,7 +135,7 @@ async def take_over(peer: Stream, host: str, offer: Offer, carrier: Carrier, are
         done, _ = await carrier.carry({"do": "listen", "host": host})
         token = secrets.token_hex(TOKEN_BYTES)
         peer.send({"at": done["port"], "token": token})
-        job = {"do": "receive", "token": token, "size": offer.size, "more": offer.more}
+        job = {"do": "receive", "token": token, "size": offer.label.size, "more": offer.more}
         _, files = await carrier.carry(job, [arena, digests])
     except BaseException:
         os.close(digests)

@@ -238,6 +238,8 @@ class Arenas:
             match message:
                 case {"kind": "arenas", "size": int() as size, "free": list() as free}:
                     self._map(size, fds, free)
+                case {"kind": "arena", "size": int() as size, "slot": int() as slot}:
+                    self._add(size, slot, fds)
                 case {"kind": "no_arenas", "reason": str() as reason}:
                     self._asked -= 1
                     self.refused = None if self._asked else reason
@@ -251,6 +253,12 @@ class Arenas:
         if self._asked or self._plan is None or self._image is None or size != self._plan.size:
             _close_all(fds)  # of an earlier question
             return
+        if (made := self._mapped(fds)) is not None:
+            self._slots = made
+            self._free = deque(free)  # what was said free before is one of them, or of earlier arenas
+
+    def _mapped(self, fds: Sequence[int]) -> tuple[_Slot, ...] | None:
+        assert self._image is not None
         arenas: list[Arena] = []
         try:
             for fd in fds:
@@ -264,9 +272,18 @@ class Arenas:
                 arena.close()
             _close_all(fds[len(arenas) :])
             self.refused = f"the agent's memory could not be mapped: {error.strerror}"
+            return None
+        self.refused = None
+        return tuple(_Slot(arena, _places(arena, self._image)) for arena in arenas)
+
+    def _add(self, size: int, slot: int, fds: Sequence[int]) -> None:
+        """There is memory for one more, by now."""
+        if self._asked or self._plan is None or size != self._plan.size or slot != len(self._slots):
+            _close_all(fds)  # of an earlier question
             return
-        self._slots = tuple(_Slot(arena, _places(arena, self._image)) for arena in arenas)
-        self._free = deque(free)  # what was said free before is one of them, or of earlier arenas
+        if (made := self._mapped(fds)) is not None:
+            self._slots += made
+            self._free.append(slot)
 
 
 def _places(arena: Arena, image: Image) -> tuple[_Place, ...]:

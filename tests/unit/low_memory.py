@@ -21,11 +21,11 @@ from torch import nn
 
 from hpcft import status
 from hpcft.checkpoint.read import entries, verify
+from hpcft.copies import MARGIN_BYTES
 from hpcft.errors import UsageError
 from hpcft.membership import Timing
 from hpcft.memory import headroom
 from hpcft.policy import Rules
-from hpcft.snapshots import MARGIN_BYTES
 from hpcft.world import World, apply
 from tests.unit.worlds import training
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from hpcft import durable, process, stream, transfer
-from hpcft import snapshots as snapshots_module
+from hpcft import durable, guests, process, stream, transfer
 from hpcft.checkpoint.arena import Arena, memory_file
 from hpcft.checkpoint.write import Plan
 from hpcft.events import CheckpointRef, CopiesAlone, CopiesKept, Event, Formation, Member, Persist, SnapshotTaken
@@ -286,7 +285,8 @@ def test_a_copy_comes_to_the_neighbour_and_is_handed_out_and_written_there(tmp_p
             await a.copies(10)
             await until(lambda: kept in b.said)
             assert not alone(a) and SnapshotTaken in {type(each) for each in a.said}
-            assert b.snapshots.reserved == 2 * SIZE, "the memory for guests counts"
+            rest = len(plan(0)) + len(VALUES)
+            assert 2 * SIZE + rest < b.snapshots.reserved < 2 * SIZE + rest + 200, "the memory for guests counts"
             # a is lost: b's own copy and a's are the state that the next generation starts from
             await b.copies(10, CONTENT[::-1])
             await until(lambda: any(isinstance(each, SnapshotTaken) for each in b.said))
@@ -353,13 +353,13 @@ def test_without_memory_the_neighbour_says_how_much_is_missing(tmp_path: Path) -
 
 def test_bytes_that_change_after_the_seal_do_not_get_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digests cross the stream; whatever the connection carries is compared with them."""
-    real = snapshots_module.offer_of
+    real = guests.offer_of
 
     async def other(*given: Any) -> Any:
         offer = await real(*given)
         return replace(offer, digests=(*offer.digests[:-1], durable.digest(b"something else")))
 
-    monkeypatch.setattr(snapshots_module, "offer_of", other)
+    monkeypatch.setattr(guests, "offer_of", other)
 
     async def scenario() -> None:
         async with two(tmp_path) as (a, b, _):
@@ -376,7 +376,7 @@ def test_carriers_that_are_killed_cost_the_copy_that_they_carry_and_no_other(tmp
         async with two(tmp_path) as (a, b, formation):
             await a.copies(10)
             await until(lambda: any(isinstance(each, CopiesKept) for each in b.said))
-            receiver = next(iter(b.snapshots._guests.values())).memory
+            receiver = next(iter(b.snapshots._guests)).memory
             assert receiver._process is not None
             process.send(receiver._process.pid, signal.SIGSTOP)  # it takes the job, and nothing comes of it
             await a.copies(20)

@@ -28,8 +28,8 @@ from hpcft.checkpoint.share import plan_share
 from hpcft.checkpoint.tree import DTYPES
 from hpcft.commits import Retention
 from hpcft.events import CheckpointCommitted, CheckpointFailed, CheckpointRef, CheckpointSkipped
-from hpcft.snapshots import TELLING_BYTES, TRIED_ANEW, Ways
 from hpcft.worker import saving
+from hpcft.writing import TELLING_BYTES, TRIED_ANEW, Ways
 
 torch.set_num_threads(1)
 
@@ -231,7 +231,8 @@ async def test_a_state_that_changes_gets_arenas_of_its_own(node: SavingNode) -> 
         saved[step] = await node.save(step, wait=True)
     for step in saved:
         await node.committed(step, saved[step])
-    assert node.report().reserved == node.snapshots._shares[0].size, "what was outgrown is gone"
+    rest = node.report().reserved - node.snapshots._shares[0].size
+    assert 0 <= rest < 1 << 16, "what was outgrown is gone; a plan and digests may be there"
 
 
 async def test_ranks_with_one_arena_and_with_two_go_on_saving(place: Path) -> None:
@@ -286,7 +287,8 @@ async def test_arenas_outlive_their_worker_and_what_a_generation_left_unwritten_
         model.change(5)
         node.begin(model=model)
         await node.prepare()
-        assert (arenas(), node.report().reserved, node.report().saves) == (before, reserved, ())
+        assert (arenas(), node.report().saves) == (before, ())
+        assert node.report().reserved < reserved, "what belonged to the copies has gone with them"
         assert len(before) == 4
         await node.committed(2, await node.save(2, wait=True))
     assert [path.name for path in sorted(node.root.glob("step-*"))] == ["step-00000001-g0001", "step-00000002-g0002"]
