@@ -61,6 +61,28 @@ async def test_one_is_known_for_what_it_is_as_long_as_it_is_there() -> None:
     carrier.leave_behind()
 
 
+async def test_one_that_says_nothing_is_given_up_and_replaced() -> None:
+    carrier = Carrier()
+    assert await carrier.carry({"do": "digest"}) == ({"digests": []}, [])
+    silent = pid_of(carrier)
+    os.kill(silent, signal.SIGSTOP)
+    with pytest.raises(JobFailed, match=r"no progress in 0\.1 s"):
+        await carrier.carry({"do": "digest"}, patience=0.1)
+    assert await carrier.carry({"do": "digest"}, patience=60) == ({"digests": []}, [])
+    assert pid_of(carrier) != silent
+    carrier.leave_behind()
+
+
+async def test_how_much_has_been_made_is_told_on_the_way() -> None:
+    carrier = Carrier()
+    told: list[int] = []
+    _, fds = await carrier.carry({"do": "reserve", "size": 65 << 20, "count": 2}, told=told.append)
+    assert told == [64 << 20, 65 << 20, 129 << 20, 130 << 20]
+    for fd in fds:
+        os.close(fd)
+    carrier.leave_behind()
+
+
 @pytest.mark.parametrize(("arguments", "is_one"), [(["-m", "hpcft.carrier"], True), (["hpcft.carrier"], False)])
 def test_one_that_has_only_begun_is_known_by_its_arguments(arguments: list[str], is_one: bool) -> None:
     command = [sys.executable, "-c", "print(flush=True); input()", *arguments]

@@ -351,6 +351,62 @@ def test_without_memory_the_neighbour_says_how_much_is_missing(tmp_path: Path) -
     asyncio.run(scenario())
 
 
+def test_a_step_that_was_copied_twice_is_handed_out_and_written_once(tmp_path: Path) -> None:
+    """For a snapshot, and for the checkpoint at the end of the run."""
+
+    async def scenario() -> None:
+        async with two(tmp_path) as (a, _, first):
+            await a.copies(10)
+            await a.copies(10)
+            await until(lambda: sum(isinstance(each, SnapshotTaken) for each in a.said) == 2)
+            a.forget_answers()
+            restore, member = CheckpointRef(Step(10), Generation(1)), (a.member,)
+            again = replace(first, generation=Generation(2), members=member, neighbours=False)
+            a.begin(replace(again, restore=restore, memory=member, handed_by=(NodeId("a"),)))
+            a.snapshots.hand_out()
+            assert [each[1]["kind"] for each in a.answers] == ["image", "images"] and a.answers[-1][1]["count"] == 1
+            a.snapshots.persist(Persist(Term(1), restore, member, (NodeId("a"),), first.nonce))
+            await until(lambda: bool(a.told))
+            a.snapshots.persist(Persist(Term(1), restore, member, (NodeId("a"),), first.nonce))
+            assert ["shard" in message for _, message in a.told] == [True, True], a.told
+
+    asyncio.run(scenario())
+
+
+def test_what_there_was_no_memory_for_is_made_when_older_copies_have_gone(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path, memory=3 * SIZE + SIZE // 2) as (_, b, _):
+            small = SIZE // 4
+            b.snapshots.asked(0, small, memory_file("plan", b"of a smaller world"))
+            await until(lambda: bool(b._of("arenas")))
+            said = {"slot": 0, "size": small, "step": 10, "durable": False, "blocked": 0.0}
+            b.snapshots.copied(0, {**said, "position": None, "versions": {}, "metrics": {}, "ledger": None}, None)
+            b.snapshots.copied(0, {**said, "slot": 1, "step": 11}, None)
+            await until(lambda: sum(isinstance(each, SnapshotTaken) for each in b.said) == 2)
+            b.forget_answers()
+            b.snapshots.asked(0, SIZE, memory_file("plan", b"of a larger share"))
+            await until(lambda: bool(b._of("arenas")))
+            assert len(b._of("arenas")[0][2]) == 2 and "it gets 2" in b.snapshots.refused
+            b.snapshots.keep(Generation(1), Step(20))
+            await until(lambda: bool(b._of("arena")))
+            ((_, about, fds),) = b._of("arena")
+            assert about == {"kind": "arena", "size": SIZE, "slot": 2} and os.fstat(fds[0]).st_size == SIZE
+            assert b.snapshots.refused == "" or "will need about" in b.snapshots.refused
+
+    asyncio.run(scenario())
+
+
+def test_that_guests_will_find_no_memory_is_said_before_they_come(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path, memory=4 * SIZE) as (_, b, _):
+            b.snapshots.asked(0, SIZE, memory_file("plan", plan(1)))
+            await until(lambda: bool(b.snapshots.refused))
+            assert "the copies of a will need about 32 MiB on its neighbour b" in b.snapshots.refused
+            assert "checkpoint.memory leaves 16 MiB" in b.snapshots.refused
+
+    asyncio.run(scenario())
+
+
 def test_bytes_that_change_after_the_seal_do_not_get_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digests cross the stream; whatever the connection carries is compared with them."""
     real = guests.offer_of

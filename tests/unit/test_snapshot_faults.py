@@ -14,10 +14,11 @@ from checkpoint_samples import quick_directory, small_file_system
 from saving_node import SavingNode, saving_node, until
 from torch import nn
 
-from hpcft import process
+from hpcft import carriers, process, writing
 from hpcft.carriers import is_carrier
 from hpcft.checkpoint.read import entries
 from hpcft.events import CheckpointFailed
+from hpcft.ids import Generation, Step
 from tests import fuse
 
 torch.set_num_threads(1)
@@ -161,3 +162,33 @@ async def hang(node: SavingNode, server: fuse.Server, mood: int) -> None:
     await until(lambda: not process.lives(hanging))
     await node.committed(6, await node.save(6, wait=True))
     assert [entry.step for entry in entries(node.root)] == [1, 5, 6]
+
+
+async def test_saves_that_hang_for_good_fail_and_later_ones_succeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many processes left behind as there may be, saves fail at once."""
+    monkeypatch.setattr(carriers, "LEFT_BEHIND", 1)
+    with quick_directory() as place, fuse.served(place / "served", place / "checkpoints") as server:
+        async with saving_node(place, slots=2) as node:
+            try:
+                model = nn.Linear(30, 30)
+                node.begin(model=model)
+                await node.prepare()
+                await node.committed(1, await node.save(1, wait=True))
+                hanging = node.carrier(0)
+                server.now(fuse.NO_ANSWER)
+                with monkeypatch.context() as impatient:
+                    impatient.setattr(writing, "STUCK_SECONDS", 0.2)
+                    await node.save(2, wait=True)
+                    failed = await node.outcome()
+                assert isinstance(failed, CheckpointFailed) and "no progress in 0.2 s" in failed.reason
+                assert process.lives(hanging)
+                node.snapshots.keep(Generation(1), Step(3))
+                await node.save(3, wait=True)
+                failed = await node.outcome()
+                assert isinstance(failed, CheckpointFailed)
+                assert f"still hang in the kernel ({hanging})" in failed.reason
+            finally:
+                server.now(fuse.GOOD)
+            await until(lambda: not process.lives(hanging))
+            node.snapshots.keep(Generation(1), Step(4))
+            await node.committed(4, await node.save(4, wait=True))

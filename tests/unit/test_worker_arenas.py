@@ -230,6 +230,38 @@ def test_a_run_does_not_end_before_its_last_copy_is_there(agent: Agent) -> None:
     assert agent.hear() == ["ready", "reserve", "snapshot", "returned"]
 
 
+def test_an_arena_that_comes_later_is_one_more_and_another_shares_is_none(agent: Agent) -> None:
+    arenas = Arenas(agent.link, CPU)
+    flat = prepared(arenas, agent, {"weight": torch.ones(8)})
+    size = agent.said[0]["size"]
+    copied(arenas, flat, 1, ())
+    assert not arenas.has_slot()
+    arena = Arena.reserve(size)
+    for wrong in ({"size": size + 1, "slot": 1}, {"size": size, "slot": 2}):
+        agent.say({"kind": "arena", **wrong}, arena.fd)
+        assert not arenas.has_slot()
+    agent.say({"kind": "arena", "size": size, "slot": 1}, arena.fd)
+    copied(arenas, flat, 2, ())
+    agent.hear()
+    assert [message["slot"] for message in agent.said[1:]] == [0, 1]
+    assert any(arena.view)
+    arena.close()
+
+
+def test_where_all_memory_was_refused_some_may_come_later(agent: Agent) -> None:
+    arenas = Arenas(agent.link, CPU)
+    flat = flatten({"weight": torch.ones(8)})
+    plan, image = plan_share(flat.index(), flat.boxes, Rank(0), 1)
+    arenas.prepare(plan, image)
+    agent.say({"kind": "no_arenas", "reason": "there is none"})
+    with pytest.raises(NoArenas, match="there is none"):
+        arenas.take()
+    arena = Arena.reserve(plan.size)
+    agent.say({"kind": "arena", "size": plan.size, "slot": 0}, arena.fd)
+    assert arenas.has_slot() and arenas.take() == 0
+    arena.close()
+
+
 def test_a_new_plan_waits_for_the_copy_of_the_old_one(agent: Agent) -> None:
     """Also that memory is not unpinned before (see `Postponed`)."""
     arenas = Arenas(agent.link, CPU)
