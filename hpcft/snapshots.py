@@ -326,7 +326,8 @@ class Snapshots:
         if neighbour is not None and copy.formation is self._formation and len(share.slots) > 1:
             copy.passing = self._run(self._visits.bring(share, slot, copy, neighbour), f"pass-{label.rank}")
         self._took(label.rank, label.step)
-        if label.message["durable"]:
+        twins = [other for _, other in share.filled if other is not copy and other.label.snapshot == label.snapshot]
+        if label.message["durable"] and not any(map(_progress, twins)):
             await self._write(share, slot, copy)
         else:
             copy.work = None

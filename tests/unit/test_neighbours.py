@@ -198,7 +198,7 @@ class Node:
         workers = {0: (f"g{formation.generation}", Rank(member.first_rank))}
         self.snapshots.begin(formation, workers, lambda *a: self.told.append(a), self.said.append)
 
-    async def copies(self, step: int, content: bytes = CONTENT) -> None:
+    async def copies(self, step: int, content: bytes = CONTENT, *, durable: bool = False) -> None:
         """The worker asks for arenas, if it has none, and leaves a copy in a free one."""
         if not self._of("arenas"):
             self.snapshots.asked(0, SIZE, memory_file("plan", plan(self.member.first_rank)))
@@ -217,7 +217,7 @@ class Node:
             "position": None,
             "versions": {},
             "metrics": {},
-            "durable": False,
+            "durable": durable,
             "ledger": None,
             "blocked": 0.0,
         }
@@ -369,6 +369,23 @@ def test_a_step_that_was_copied_twice_is_handed_out_and_written_once(tmp_path: P
             await until(lambda: bool(a.told))
             a.snapshots.persist(Persist(Term(1), restore, member, (NodeId("a"),), first.nonce))
             assert ["shard" in message for _, message in a.told] == [True, True], a.told
+
+    asyncio.run(scenario())
+
+
+def test_a_step_that_is_being_written_from_memory_is_not_written_twice(tmp_path: Path) -> None:
+    """The order for it comes while the copy that its checkpoint was to be made of is being sealed."""
+
+    async def scenario() -> None:
+        async with two(tmp_path) as (a, _, first):
+            await a.copies(10)
+            await until(lambda: any(isinstance(each, SnapshotTaken) for each in a.said))
+            await a.copies(10, durable=True)
+            restore = CheckpointRef(Step(10), Generation(1))
+            a.snapshots.persist(Persist(Term(1), restore, (a.member,), (NodeId("a"),), first.nonce))
+            await until(lambda: sum(isinstance(each, SnapshotTaken) for each in a.said) == 2 and bool(a.told))
+            await until(lambda: not a.snapshots.report())
+            assert ["shard" in message for _, message in a.told] == [True], a.told
 
     asyncio.run(scenario())
 
