@@ -10,7 +10,7 @@ send copies to a neighbour, and receive them (see `transfer`).
                        {"do": "seal", "size"} + [arena]
                        {"do": "write", "root", "name", "nonce", "direct", "bandwidth", "position", "versions",
                             "metrics", "ledger"}
-                           + [arena, plan, digests, values?]
+                           + [arena, plan, values?]
                        {"do": "digest"} + memory files
                        {"do": "send", "host", "port", "token", "sizes"} + [arena, plan, values?]
                        {"do": "listen", "host"}, and then
@@ -40,7 +40,7 @@ import orjson
 from hpcft import durable, transfer
 from hpcft.checkpoint.arena import Arena, content_of, memory_file
 from hpcft.checkpoint.manifest import parse_metrics
-from hpcft.checkpoint.write import Plan, SaveError, Words, write_share
+from hpcft.checkpoint.write import Plan, Words, write_share
 from hpcft.errors import HpcftError
 from hpcft.process import CARRIER_NAME, die_with_parent, take_name
 from hpcft.tcp import listen
@@ -152,27 +152,21 @@ class Carrier:
     def _write(self, job: Mapping[str, Any], fds: Sequence[int]) -> None:
         arena = self._arena(fds[0])
         plan = Plan.parse(content_of(fds[1]))
-        sealed = tuple(orjson.loads(content_of(fds[2])))
         metrics = parse_metrics(job["metrics"], "snapshot")
-        words = Words(content_of(fds[3]) if len(fds) > 3 else None, job["position"], job["versions"], metrics)
+        words = Words(content_of(fds[2]) if len(fds) > 2 else None, job["position"], job["versions"], metrics)
         image = arena.view[: plan.size]
         _sync_ledger(job["ledger"])
         began = time.monotonic()
-        direct = False
+        done: dict[str, Any] = {}
 
         def store(path: Path) -> durable.Written:
             pacing = self._pacing(job["bandwidth"])
-            nonlocal direct
             written = durable.write_image(path, image, direct=job["direct"], before=pacing)
-            direct = written.direct
-            if written.digests != sealed:
-                raise SaveError(
-                    "the copy in memory has changed since it was sealed: bad memory, or a program's stray write"
-                )
+            done.update(direct=written.direct, digest=durable.digest_of_chunks(written.digests))
             return written
 
         report = write_share(Path(job["root"]), job["name"], job["nonce"], plan, words, store)
-        self._say({"done": {"report": report.to_json(), "seconds": time.monotonic() - began, "direct": direct}})
+        self._say({"done": {**done, "report": report.to_json(), "seconds": time.monotonic() - began}})
 
     def _arena(self, fd: int) -> Arena:
         known = self._arenas.get(_identity(fd))

@@ -92,6 +92,8 @@ class Copy:
     digests: int | None = None
     """Memory file with the digests of its chunks; None: not sealed yet."""
     work: asyncio.Task[None] | None = None
+    writing: bool = False
+    """It is being written, or was."""
     passing: asyncio.Task[None] | None = None
     """Brings it to the neighbour."""
     made_at: float = field(default_factory=time.monotonic)

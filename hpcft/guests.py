@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from hpcft.carriers import JobFailed
 from hpcft.copies import Copy, Latest, Memory, Say, Share, Slot, Use
+from hpcft.durable import digest_of_chunks
 from hpcft.events import CheckpointRef, CopiesAlone, CopiesKept, Formation, Member
 from hpcft.ids import NodeId, Rank, Step
 from hpcft.neighbours import SETTLING_SECONDS, Dial, NotKeptError, Offer, hand_over, offer_of, take_over
@@ -142,7 +143,8 @@ class Guests:
             if self._use.is_outdated(label.snapshot):
                 return f"step {label.step} is of no use any more"
             digests, files = await take_over(peer, self._address, offer, share.memory, slot.fd)
-            copy = Copy(label, formation, files[0], files[1] if len(files) > 1 else None, digests=digests)
+            values = files[1] if len(files) > 1 else None
+            copy = Copy(label, formation, files[0], values, digest_of_chunks(offer.digests), digests)
             if self._use.is_outdated(label.snapshot):  # late
                 copy.close()
                 self._freed.set()

@@ -4,9 +4,9 @@ Theory of operation
 -------------------
 Each local rank has a few arenas (`slots`), made when its worker says how large its share is, and kept for the workers
 that follow. The worker copies into a free one and says so; from then on the copy is this module's, whether or not
-the worker lives on. A carrier *seals* it (takes the digests that it will always be compared with), writes it to the
-checkpoint directory (`writing`), and the report goes to the leader. So a file system that hangs costs free slots, and
-nothing else.
+the worker lives on. A carrier *seals* it (takes the digests that it will always be compared with) while another one
+writes it to the checkpoint directory (`writing`), and the report goes to the leader. So a file system that hangs costs
+free slots, and nothing else.
 
 A slot is free again when its copy is neither being written, nor the newest that all nodes have sealed (the leader says
 so: `keep`), nor newer than that. So the state of one step is always complete in memory, and the next generation's
@@ -27,7 +27,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from hpcft.ids import Generation, NodeId, Rank, Step
 from hpcft.neighbours import Dial
 from hpcft.stream import Stream
 from hpcft.units import human_size
-from hpcft.writing import Writing
+from hpcft.writing import Writing, Written
 
 log = logging.getLogger("hpcft.snapshots")
 
@@ -312,42 +312,65 @@ class Snapshots:
     # --- what becomes of a copy ---
 
     async def _take(self, share: Share, slot: Slot, copy: Copy) -> None:
+        """Seal the copy, and write it meanwhile, if it is to become a checkpoint."""
+        twins = [
+            other for _, other in share.filled if other is not copy and other.label.snapshot == copy.label.snapshot
+        ]
+        writing = None
+        if copy.label.message["durable"] and not any(map(_progress, twins)):
+            copy.writing = True
+            writing = asyncio.create_task(self._writing.write(share, slot, copy, len(self._shares)))
+        try:
+            if await self._seal(share, slot, copy) and writing is not None:
+                await self._report(copy, writing)
+        finally:
+            if writing is not None:
+                writing.cancel()
+                await asyncio.gather(writing, return_exceptions=True)
+        copy.work = None
+        share.release(slot, self._use)
+
+    async def _seal(self, share: Share, slot: Slot, copy: Copy) -> bool:
+        """False: it could not be done, and was said."""
         label = copy.label
         try:
             done, fds = await share.memory.carry({"do": "seal", "size": label.size}, [slot.fd])
         except JobFailed as error:
+            copy.writing = False
             self._fail(copy, str(error))
             self.missed(label.step)
-            copy.work = None
-            share.release(slot, self._use)
-            return
+            return False
         copy.digests, copy.digest = fds[0], done["digest"]
         neighbour = copy.formation.neighbour(self._node)
         if neighbour is not None and copy.formation is self._formation and len(share.slots) > 1:
             copy.passing = self._run(self._visits.bring(share, slot, copy, neighbour), f"pass-{label.rank}")
         self._took(label.rank, label.step)
-        twins = [other for _, other in share.filled if other is not copy and other.label.snapshot == label.snapshot]
-        if label.message["durable"] and not any(map(_progress, twins)):
-            await self._write(share, slot, copy)
-        else:
-            copy.work = None
-            share.release(slot, self._use)
+        return True
 
     def _begin_to_write(self, share: Share, slot: Slot, copy: Copy) -> None:
+        copy.writing = True
         copy.work = self._run(self._write(share, slot, copy), f"write-{copy.label.rank}")
 
     async def _write(self, share: Share, slot: Slot, copy: Copy) -> None:
+        await self._report(copy, self._writing.write(share, slot, copy, len(self._shares)))
+        copy.work = None
+        share.release(slot, self._use)
+
+    async def _report(self, copy: Copy, writing: Awaitable[Written]) -> None:
+        """What becomes of the writing of a sealed copy."""
         try:
-            report = await self._writing.write(share, slot, copy, len(self._shares))
+            report, digest = await writing
+            if digest != copy.digest:
+                reason = "the copy in memory has changed since it was sealed: bad memory, or a program's stray write"
+                raise JobFailed(reason)
         except JobFailed as error:
+            copy.writing = False
             self._fail(copy, str(error))
         else:
             blocked = copy.label.message["blocked"]
             took = blocked + time.monotonic() - copy.made_at
             copy.outcome = {"shard": {**copy.label.about, "report": report, "blocked": blocked, "took": took}}
             self._tell(copy.label.rank, copy.outcome)
-        copy.work = None
-        share.release(slot, self._use)
 
     def _fail(self, copy: Copy, reason: str) -> None:
         self._tell(copy.label.rank, {"save_failed": {**copy.label.about, "reason": reason, "nonce": copy.nonce}})
@@ -407,4 +430,4 @@ class Snapshots:
 
 def _progress(copy: Copy) -> int:
     """How far it is on its way to the disk."""
-    return 2 if copy.outcome is not None else 1 if copy.work is not None else 0
+    return 2 if copy.outcome is not None else 1 if copy.writing else 0

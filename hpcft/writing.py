@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpcft.carriers import JobFailed
 from hpcft.checkpoint.layout import checkpoint_name
@@ -82,6 +82,15 @@ class Bandwidth:
             self._changed.set()
 
 
+class Written(NamedTuple):
+    """What a carrier says of a copy that it has written."""
+
+    report: dict[str, Any]
+    """On the rank's part of the checkpoint."""
+    digest: str
+    """Of what has reached the file; it must be the copy's, as it was sealed."""
+
+
 class Writing:
     """Of one node."""
 
@@ -91,12 +100,8 @@ class Writing:
         self._bandwidth = Bandwidth(bandwidth)
         self._ways = Ways()
 
-    async def write(self, share: Share, slot: Slot, copy: Copy, writers: int) -> dict[str, Any]:
-        """Write a sealed copy: returns the report on the rank's part of the checkpoint.
-
-        `writers`: among so many is the bandwidth divided. JobFailed: nothing of it counts.
-        """
-        assert copy.digests is not None
+    async def write(self, share: Share, slot: Slot, copy: Copy, writers: int) -> Written:
+        """Write a copy. `writers`: among so many is the bandwidth divided. JobFailed: nothing of it counts."""
         async with self._bandwidth.part(writers) as rate:
             copy.written, copy.since = 0, time.monotonic()
             copy.heard_at = copy.since
@@ -118,7 +123,7 @@ class Writing:
             def told(written: int) -> None:
                 copy.written, copy.heard_at = written, time.monotonic()
 
-            fds = [slot.fd, copy.plan, copy.digests] + ([] if copy.values is None else [copy.values])
+            fds = [slot.fd, *copy.files]
             try:
                 done, _ = await share.disk.carry(job, fds, told, STUCK_SECONDS)
             except JobFailed:
@@ -127,5 +132,4 @@ class Writing:
                 raise
         copy.written = size
         self._ways = self._ways.seen(direct, size, done["seconds"] if done["direct"] == direct else math.inf)
-        report: dict[str, Any] = done["report"]
-        return report
+        return Written(done["report"], done["digest"])

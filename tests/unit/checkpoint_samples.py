@@ -24,7 +24,6 @@ from hpcft.checkpoint.retention import emptying, put_into_trash
 from hpcft.checkpoint.share import content, plan_share, save_share, words_of
 from hpcft.checkpoint.tree import FlatState, flatten
 from hpcft.checkpoint.write import SaveError
-from hpcft.durable import chunk_digests
 from hpcft.errors import NotFoundError
 from hpcft.ids import Generation, Rank, RunId, Step, Term
 
@@ -131,8 +130,7 @@ def copied(
         arenas.append(arena := Arena.reserve(plan.size))
         arena.view[:] = b"".join(content(flat, image))
         words = words_of(Rank(rank), flat, {"samples": 32 * step})
-        digests = orjson.dumps(list(chunk_digests(arena.view)))
-        files = [("plan", plan.to_bytes()), ("digests", digests)]
+        files = [("plan", plan.to_bytes())]
         files += [] if words.values is None else [("values", words.values)]
         fds = (arena.fd, *(memory_file(name, data) for name, data in files))
         copies.append(Copy({**job, "position": words.position, "versions": words.versions}, fds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import re
 import signal
@@ -267,6 +268,24 @@ async def test_a_copy_that_cannot_be_written_is_one_to_start_from_and_is_written
         node.persist(3)
         await node.committed(3, saved)
         assert node.left() == [3]
+
+
+async def test_a_copy_that_has_changed_since_it_was_sealed_is_not_committed(place: Path) -> None:
+    async with saving_node(place) as node:
+        node.begin(model=Everything())
+        await node.prepare()
+        away = node.root.with_name("away")
+        node.root.rename(away)
+        await node.save(1, wait=True)
+        assert isinstance(await node.outcome(), CheckpointFailed)
+        await until(lambda: node.held == 1)
+        away.rename(node.root)
+        with memoryview(mmap.mmap(node.snapshots._shares[0].slots[0].fd, 0)) as memory:
+            memory[1000] ^= 1
+        node.persist(1)
+        failed = await node.outcome()
+        assert isinstance(failed, CheckpointFailed) and "has changed since it was sealed" in failed.reason
+        assert node.left() == []
 
 
 async def test_arenas_outlive_their_worker_and_what_a_generation_left_unwritten_goes_with_it(place: Path) -> None:
