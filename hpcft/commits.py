@@ -158,6 +158,8 @@ class Commits:
         self._parent: str | None = None  # the committing thread's: the newest checkpoint of the lineage
         self._values: dict[str, float | None] = {}  # the committing thread's: each checkpoint's metric, if it has it
         self._valueless = False
+        self._sizes: dict[str, Mapping[str, int]] = {}  # the committing thread's: each checkpoint's files
+        self._flawed: frozenset[str] = frozenset()  # the committing thread's: those with files that are not all there
         self._to_verify: CheckpointRef | None = None
         self._verified: CheckpointRef | None = None  # being read at present
         self._closed = threading.Event()
@@ -365,16 +367,36 @@ class Commits:
         used = [each.restore for each in (formation, saves.formation if saves else None) if each is not None]
         used += [self._to_verify, self._verified]
         protected = marks.pinned(self._root) | self._held() | {_name(each) for each in used if each is not None}
-        protected |= retention.newest(mine, marks.verified(self._root)) | self._best(mine)
+        damaged = self._damaged(mine)
+        sound = [each for each in mine if each.name not in damaged]
+        protected |= retention.newest(sound, marks.verified(self._root)) | self._best(mine)
         keep, keep_every = self._retained.keep, self._retained.keep_every or None
         retired = (
-            *retention.retire(mine, keep, keep_every, protected),
-            *retention.retire_abandoned(entries, live, formation.generation, keep, keep_every, protected),
+            *retention.retire(mine, keep, keep_every, protected, damaged),
+            *retention.retire_abandoned(entries, live, formation.generation, keep, keep_every, protected, damaged),
         )
         if retired:
             gone = tuple(CheckpointRef(each.step, each.generation) for each in entries if each.name in retired)
             self._deliver(CheckpointsRetired(gone))
             self._put_into_trash(retired)
+
+    def _damaged(self, entries: Sequence[CheckpointEntry]) -> frozenset[str]:
+        """Names of those of which a file is missing or has another size, or of which that cannot be said. They take no
+        sound one's place. A manifest is read once: what is committed does not change."""
+        self._sizes = {each.name: self._sizes[each.name] for each in entries if each.name in self._sizes}
+        found = {}
+        for entry in entries:
+            try:
+                if entry.name not in self._sizes:
+                    self._sizes[entry.name] = read.sizes(entry.directory, self._run)
+                if damages := read.compare_sizes(entry.directory, self._sizes[entry.name]):
+                    found[entry.name] = _first(damages)
+            except (OSError, HpcftError) as error:
+                found[entry.name] = str(error)
+        for name in found.keys() - self._flawed:
+            log.warning("%s counts as none of those that are kept: %s", name, found[name])
+        self._flawed = frozenset(found)
+        return self._flawed
 
     def _best(self, entries: Sequence[CheckpointEntry]) -> frozenset[str]:
         """With those of which it cannot be said at present."""

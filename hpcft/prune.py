@@ -2,7 +2,8 @@
 
 The rules are those of the leader's own retention (`checkpoint.retention`), over the same lineage; what stays in
 addition has a reason that is shown: it is pinned, the run would go on from it, its present generation was restored
-from it, another command reads it. The leader may be at work meanwhile. It only ever adds checkpoints of its own
+from it, another command reads it. What manifest and sizes of files show to be damaged counts as none of those that
+are kept. The leader may be at work meanwhile. It only ever adds checkpoints of its own
 generation, which are none of ours, and turns to older ones when it finds the newest damaged; so the plan is made once
 more right before anything goes, and only what both plans name is retired.
 """
@@ -27,7 +28,7 @@ from hpcft.checkpoint.marks import pinned, verified
 from hpcft.checkpoint.readers import excluded
 from hpcft.errors import DamagedError, NotFoundError
 from hpcft.events import CheckpointRef
-from hpcft.ids import Generation
+from hpcft.ids import Generation, RunId
 from hpcft.rundir import RunDirectory, is_live
 from hpcft.units import counted, human_size
 
@@ -53,6 +54,8 @@ class Plan:
     """Oldest first."""
     protected: Mapping[str, str]
     """Names of those that the rules alone would retire, and why they stay."""
+    damaged: Mapping[str, str]
+    """Names of those of the run's branch that stay and are none of those that are kept, and what is wrong with them."""
     leftovers: tuple[str, ...]
     """Unfinished checkpoints that nobody will finish, and what is in the trash."""
     bytes: int
@@ -67,6 +70,7 @@ class Plan:
             "live": self.live,
             "retired": [each.name for each in self.retired],
             "protected": dict(self.protected),
+            "damaged": dict(self.damaged),
             "leftovers": list(self.leftovers),
             "bytes": self.bytes,
         }
@@ -74,6 +78,7 @@ class Plan:
     def text(self) -> str:
         lines = [f"{each.name}: to be deleted" for each in self.retired]
         lines += [f"{name}: stays, {why}" for name, why in self.protected.items()]
+        lines += [f"{name}: damaged, does not count: {what}" for name, what in self.damaged.items()]
         lines += [f"{name}: left over, to be deleted" for name in self.leftovers]
         return "\n".join([*lines, self.summary() if not self.empty else "there is nothing to delete"])
 
@@ -87,17 +92,19 @@ def plan(run: RunDirectory, rules: Rules) -> Plan:
     """What would be deleted now.
 
     Raises:
-        DamagedError: the journal does not say which checkpoints count.
+        DamagedError: the journal does not say which checkpoints count, or none of them is sound.
+        UnusableError: one cannot be read here, so that nobody knows.
     """
     root = run.checkpoints
     live = is_live(run)
     over = not live and _is_over(run)
     before = journal.replay(run.journal).world
     on_disk = read.entries(root)
-    counting = lineage.on_disk(before, on_disk, run.run_id()) if on_disk else []
+    nothing_known = not before.checkpoints and before.generation == Generation(0)
+    counting = lineage.on_disk(before, on_disk, run.run_id()) if on_disk and not nothing_known else []
     if on_disk and not counting:
         raise DamagedError(
-            f"{root} has {len(on_disk)} checkpoints, but the journal of {run.name} knows none of them",
+            f"{root} has {counted(len(on_disk), 'checkpoint')}, but the journal of {run.name} knows none of them",
             "which of them count is not known, so none is deleted; `hpcft ckpt ls` lists them",
         )
     protected: dict[str, str] = dict.fromkeys(pinned(root), "it is pinned")
@@ -105,17 +112,25 @@ def plan(run: RunDirectory, rules: Rules) -> Plan:
         protected[_name(before.formation.restore)] = "the present generation was restored from it"
     names = {_name(each) for each in counting}
     mine = [each for each in on_disk if each.name in names]
-    protected |= dict.fromkeys(retention.newest(mine, verified(root)), "it is the newest that was read back")
-    protected |= dict.fromkeys(_best(run, mine), "it is one of checkpoint.keep_best")
-    if counting:
-        protected[_name(counting[-1])] = "the run would go on from it"
-    retired = _retired(on_disk, counting, before.generation, rules, frozenset())
+    damaged = _damaged(mine, run.run_id()) if on_disk else {}
+    sound = [each for each in counting if _name(each) not in damaged]
+    if counting and not sound:
+        raise DamagedError(
+            f"of the {counted(len(counting), 'checkpoint')} that {run.name} could go on from, none is sound",
+            "so nothing is deleted; `hpcft ckpt verify` says what is wrong with them",
+        )
+    good = [each for each in mine if each.name not in damaged]
+    protected |= dict.fromkeys(retention.newest(good, verified(root)), "it is the newest that was read back")
+    protected |= dict.fromkeys(_best(run, good), "it is one of checkpoint.keep_best")
+    if sound:
+        protected[_name(sound[-1])] = "the run would go on from it"
+    retired = _retired(on_disk, counting, before.generation, rules, frozenset(), damaged.keys())
     for entry in on_disk:
         if entry.name in retired and entry.name not in protected:
             with excluded(entry.directory) as alone:
                 if not alone:
                     protected[entry.name] = "it is being read"
-    gone = _retired(on_disk, counting, before.generation, rules, protected.keys())
+    gone = _retired(on_disk, counting, before.generation, rules, protected.keys(), damaged.keys())
     leftovers = _leftovers(root, before.generation, over) if rules.trash else ()
     chosen = tuple(each for each in on_disk if each.name in gone)
     return Plan(
@@ -123,9 +138,24 @@ def plan(run: RunDirectory, rules: Rules) -> Plan:
         live=live,
         retired=chosen,
         protected={name: why for name, why in protected.items() if name in retired},
+        damaged={name: what for name, what in damaged.items() if name not in gone},
         leftovers=leftovers,
         bytes=sum(_size(each.directory) for each in chosen) + sum(_size(root / name) for name in leftovers),
     )
+
+
+def _damaged(mine: Sequence[CheckpointEntry], run: RunId) -> dict[str, str]:
+    """Names of those that can be seen to be damaged without reading all of them, and what is wrong."""
+    found = {}
+    for entry in mine:
+        try:
+            damages = read.glance(entry.directory, run)
+        except NotFoundError:
+            found[entry.name] = "it has just been retired, or set aside"
+        else:
+            if damages:
+                found[entry.name] = "; ".join(map(str, damages))
+    return found
 
 
 def _best(run: RunDirectory, mine: Sequence[CheckpointEntry]) -> frozenset[str]:
@@ -177,6 +207,7 @@ def _retired(
     generation: Generation,
     rules: Rules,
     protected: AbstractSet[str],
+    damaged: AbstractSet[str],
 ) -> frozenset[str]:
     if rules.keep is None:
         return frozenset()
@@ -184,8 +215,8 @@ def _retired(
     lineage_entries = [each for each in on_disk if each.name in live]
     return frozenset(
         (
-            *retention.retire(lineage_entries, rules.keep, rules.keep_every, protected),
-            *retention.retire_abandoned(on_disk, live, generation, rules.keep, rules.keep_every, protected),
+            *retention.retire(lineage_entries, rules.keep, rules.keep_every, protected, damaged),
+            *retention.retire_abandoned(on_disk, live, generation, rules.keep, rules.keep_every, protected, damaged),
         )
     )
 

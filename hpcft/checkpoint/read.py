@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 
@@ -189,6 +189,39 @@ def losses(directory: Path, run: RunId | None = None) -> list[Damage]:
     return _damages(directory, manifest, lambda nbytes: None)
 
 
+def glance(directory: Path, run: RunId | None = None) -> list[Damage]:
+    """What is wrong with a checkpoint as far as manifest and sizes of files tell. It may be damaged all the same.
+
+    NotFoundError: there is none. UnreadableError: it cannot be said here.
+    """
+    try:
+        return compare_sizes(directory, sizes(directory, run))
+    except CheckpointDamagedError as error:
+        return list(error.damages)
+
+
+def sizes(directory: Path, run: RunId | None = None) -> dict[str, int]:
+    """Of each file of a checkpoint, in bytes, as its manifest has it. Errors as in `read_manifest`."""
+    manifest, _ = read_manifest(directory, run)
+    try:
+        own = (directory / MANIFEST).stat().st_size
+    except OSError as error:
+        raise CheckpointDamagedError(directory, damage_of(MANIFEST, error, directory)) from error
+    return {MANIFEST: own, **{entry.name: entry.size for entry in manifest.files}}
+
+
+def compare_sizes(directory: Path, sizes: Mapping[str, int]) -> list[Damage]:
+    """Which of these files are missing or have another size; nothing is opened. Errors as in `glance`."""
+    damages = []
+    for name, size in sizes.items():
+        try:
+            damage = _size_damage(name, size, (directory / name).stat())
+        except OSError as error:
+            damage = damage_of(name, error, directory)
+        damages += [damage] if damage else []
+    return damages
+
+
 def _damages(directory: Path, manifest: Manifest, progress: Callable[[int], None]) -> list[Damage]:
     damages: list[Damage] = []
     unreadable: UnreadableError | None = None
@@ -238,12 +271,16 @@ def quarantine(directory: Path, reason: str) -> Path | None:
 
 def stat_damage(entry: FileEntry, found: os.stat_result) -> Damage | None:
     """What is wrong with a file that can be seen without reading it."""
+    damage = _size_damage(entry.name, entry.size, found)
+    if damage is None or not S_ISREG(found.st_mode):
+        return damage
+    return replace(damage, tensors=tuple(item.piece.name for item in entry.tensors if item.end > found.st_size))
+
+
+def _size_damage(name: str, size: int, found: os.stat_result) -> Damage | None:
     if not S_ISREG(found.st_mode):
-        return Damage(entry.name, "it is a directory, or another thing that is no file")
-    if found.st_size == entry.size:
-        return None
-    lost = tuple(item.piece.name for item in entry.tensors if item.end > found.st_size)
-    return Damage(entry.name, f"it has {found.st_size} bytes instead of {entry.size}", None, lost)
+        return Damage(name, "it is a directory, or another thing that is no file")
+    return None if found.st_size == size else Damage(name, f"it has {found.st_size} bytes instead of {size}")
 
 
 def read_chunk(fd: int, buffers: list[memoryview], offset: int) -> int:

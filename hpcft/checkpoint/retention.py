@@ -24,7 +24,11 @@ PER_SECOND = 200.0
 
 
 def retire(
-    entries: Sequence[CheckpointEntry], keep: int, keep_every: int | None, protected: AbstractSet[str]
+    entries: Sequence[CheckpointEntry],
+    keep: int,
+    keep_every: int | None,
+    protected: AbstractSet[str],
+    damaged: AbstractSet[str] = frozenset(),
 ) -> tuple[str, ...]:
     """Names of the checkpoints of a lineage that need not be kept, oldest first.
 
@@ -32,12 +36,19 @@ def retire(
     the `protected`: pinned, restored from, the best ones, the newest verified one. Last means generation first, then
     step: after a restart from an earlier step the abandoned branch has the higher steps, and the live one must not
     lose its place to it.
+
+    One that is known to be `damaged` takes nobody's place: it is none of the `keep`, but stays as long as older ones.
     """
     ordered = sorted(entries, key=lambda entry: (entry.generation, entry.step))
-    kept = {entry.name for entry in ordered[-max(keep, 1) :]} | protected
+    sound = [entry for entry in ordered if entry.name not in damaged]
+    if not sound:
+        return ()
+    counting = sound[-max(keep, 1) :]
+    kept = {entry.name for entry in ordered[ordered.index(counting[0]) :]} | protected
     if keep_every:
-        # Of a step that two branches have passed, the newer branch keeps its milestone.
-        milestones: dict[Step, str] = {e.step: e.name for e in ordered if e.step % keep_every == 0}
+        # Of a step that two branches have passed, the newer branch keeps its milestone; a sound one in any case.
+        ranked = [*(entry for entry in ordered if entry.name in damaged), *sound]
+        milestones: dict[Step, str] = {e.step: e.name for e in ranked if e.step % keep_every == 0}
         kept |= set(milestones.values())
     return tuple(entry.name for entry in ordered if entry.name not in kept)
 
@@ -66,13 +77,15 @@ def retire_abandoned(
     keep: int,
     keep_every: int | None,
     protected: AbstractSet[str],
+    damaged: AbstractSet[str] = frozenset(),
 ) -> tuple[str, ...]:
     """Names of those that are not of the lineage `live` and may go, oldest first: somebody went on from an older one.
 
     They are the way back until the branch that took their place has `keep` checkpoints of later generations. Those of
-    the generation `current` are none of them: the lineage may just not know them yet.
+    the generation `current` are none of them: the lineage may just not know them yet. Those of the lineage that are
+    `damaged` take nobody's place.
     """
-    lineage = [each for each in entries if each.name in live]
+    lineage = [each for each in entries if each.name in live and each.name not in damaged]
     steps = {each.step for each in lineage}
     gone = []
     for entry in sorted(entries, key=lambda entry: (entry.generation, entry.step)):

@@ -36,6 +36,11 @@ def test_keeps_the_last_and_the_milestones_and_the_protected() -> None:
     assert retire(held, 9, None, frozenset()) == ()
     assert retire(held, 0, None, frozenset()) == names(100, 200, 300, 400)
     assert retire([], 1, 10, frozenset()) == ()
+    assert retire(held, 2, None, frozenset(), frozenset(names(200, 400, 500))) == (), "100 and 300 are kept"
+    assert retire(held, 1, None, frozenset(), frozenset(names(200, 400, 500))) == names(100, 200)
+    assert retire(held, 1, 200, frozenset(), frozenset(names(200))) == names(100, 300), "nothing sound has its place"
+    assert retire([*held, entry(200, 2)], 1, 200, frozenset(), frozenset({entry(200, 2).name})) == names(100, 300)
+    assert retire(held, 1, None, frozenset(), frozenset(names(100, 200, 300, 400, 500))) == ()
 
 
 def test_the_live_branch_does_not_lose_its_place_to_an_abandoned_one() -> None:

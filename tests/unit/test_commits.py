@@ -185,6 +185,21 @@ def test_what_the_lineage_does_not_know_yet_stays(tmp_path: Path) -> None:
     assert left(tmp_path) == [(100, 1), (200, 1)]
 
 
+def test_one_whose_files_are_not_all_there_takes_no_sound_ones_place(tmp_path: Path) -> None:
+    lineage = []
+    with thread(tmp_path, keep=1) as (commits, next_event):
+        commits.follow(formation(1, None))
+        for step, lost in ((100, ""), (200, "manifest.json"), (300, "shard-00001-of-00002.safetensors"), (400, "")):
+            report(commits, tmp_path, step, 1)
+            assert isinstance(next_event(), CheckpointCommitted)
+            if lost:
+                os.truncate(tmp_path / checkpoint_name(Step(step), Generation(1)) / lost, 100)
+            lineage.append(ref(step))
+            commits.retain(tuple(lineage))
+        assert next_event() == CheckpointsRetired((ref(100), ref(200), ref(300)))
+    assert left(tmp_path) == [(400, 1)], "none has gone for 200 and 300"
+
+
 def test_pinned_ones_stay_on_any_branch(tmp_path: Path) -> None:
     for step in (100, 200, 300):
         committed(tmp_path, step)

@@ -155,6 +155,26 @@ async def test_when_the_newest_turns_out_damaged_the_one_before_stays(run: RunDi
     assert [each.name for each in read.entries(run.checkpoints)] == [name(40, 2)]
 
 
+@pytest.mark.parametrize("file", ["manifest.json", "shard-00000-of-00001.safetensors", "state.json"])
+async def test_damaged_ones_take_no_place_of_a_sound_one(run: RunDirectory, file: str) -> None:
+    for damaged in (name(40, 2), name(50, 2)):
+        os.truncate(run.checkpoints / damaged / file, 100)
+    (run.checkpoints / name(10) / file).unlink()
+    plan = prune.plan(run, Rules(1, None, trash=False))
+    assert retired(plan) == [name(10), name(20), name(30), name(40)], "30 of the second branch is the newest sound one"
+    assert plan.damaged.keys() == plan.as_dict()["damaged"].keys() == {name(40, 2), name(50, 2)}
+    assert f"{name(50, 2)}: damaged, does not count: {file}" in plan.text()
+    assert done(run, Rules(1, None, trash=False)).retired == plan.retired
+    assert read.losses(run.checkpoints / name(30, 2)) == []
+
+
+async def test_where_none_is_sound_nothing_goes(run: RunDirectory) -> None:
+    for each in read.entries(run.checkpoints):
+        (each.directory / "state.json").unlink()
+    with pytest.raises(DamagedError, match="none is sound"):
+        prune.plan(run, Rules(1, None, trash=False))
+
+
 async def test_what_the_journal_does_not_know_yet_stays(run: RunDirectory) -> None:
     say_status(run, "training")
     commit_sample(run.checkpoints, 60, 2, world_size=1)
@@ -190,6 +210,16 @@ async def test_leftovers_of_failed_saves_and_the_trash(run: RunDirectory) -> Non
 
 async def test_without_a_journal_that_says_what_counts_nothing_goes(run: RunDirectory) -> None:
     await journal_of_another(run)
+    with pytest.raises(DamagedError, match="knows none of them"):
+        prune.plan(run, Rules(1, None, trash=False))
+
+
+async def test_without_a_journal_nothing_goes(run: RunDirectory) -> None:
+    for path in run.journal.iterdir():
+        path.unlink()
+    with pytest.raises(DamagedError, match="knows none of them"):
+        prune.plan(run, Rules(1, None, trash=False))
+    run.journal.rmdir()
     with pytest.raises(DamagedError, match="knows none of them"):
         prune.plan(run, Rules(1, None, trash=False))
 
