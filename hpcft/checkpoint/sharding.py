@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import sys
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,12 +56,11 @@ class Layout:
         runs: list[Runs] = [((0, length),) for length in self.shape]
         replica, replicas = 0, 1
         origin = True
-        for dimension, (placement, at) in enumerate(zip(self.placements, coordinates, strict=True)):
-            size = self.mesh.size(dimension)
+        for dimension, groups in _cuts(self.placements, tuple(self.mesh.shape)):
+            placement, size, at = self.placements[dimension], self.mesh.size(dimension), coordinates[dimension]
             if placement.is_replicate():
                 replica, replicas = replica * size + at, replicas * size
-            elif type(placement).__name__ in ("Shard", "_StridedShard"):
-                groups = int(getattr(placement, "split_factor", 1))
+            elif _is_cut(placement):
                 runs[placement.dim] = shard(runs[placement.dim], size, at, groups)
                 origin = origin and at == 0
             else:
@@ -82,6 +83,28 @@ class Layout:
 
         stride = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride)
+
+
+def _is_cut(placement: Any) -> bool:
+    return type(placement).__name__ in ("Shard", "_StridedShard")
+
+
+def _cuts(placements: Sequence[Any], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Dimensions of the mesh in the order in which they cut a tensor, and into how many groups each cuts it first.
+
+    FSDP2 cuts what tensor parallelism has left to a rank, and calls that a `_StridedShard`: its split factor is the
+    number of parts that those to its right have made. To take the same part of each of so many groups is the same where
+    lengths divide, and only there; it is what a split factor of another number means.
+    """
+    order: list[tuple[int, int]] = []
+    for dimension, placement in reversed(list(enumerate(placements))):
+        groups = int(getattr(placement, "split_factor", 1))
+        to_the_right = zip(placements[dimension + 1 :], sizes[dimension + 1 :], strict=True)
+        if groups > 1 and groups == prod(n for each, n in to_the_right if _is_cut(each) and each.dim == placement.dim):
+            order.append((dimension, 1))
+        else:
+            order.insert(0, (dimension, groups))
+    return order
 
 
 def sharding_is_used() -> bool:

@@ -242,6 +242,10 @@ class _Encoder:
                 f"{where} is a sharded tensor that {error}, which a checkpoint cannot keep",
                 "shard it over all ranks, with Shard and Replicate alone",
             ) from error
+        if (
+            0 in box.extent and 0 in local.shape and 0 not in box.shape
+        ):  # fully_shard forgets the other lengths of what is empty
+            box = replace(box, extent=tuple(local.shape))
         if box.extent != tuple(local.shape):
             raise StateError(
                 f"{where} is a sharded tensor of which this rank holds {list(local.shape)}, and should hold "

@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -146,6 +153,40 @@ def test_what_a_world_has_cut_comes_back_whole_and_in_any_other_world(
                 assert found.shape == whole.shape and found.dtype == whole.dtype
                 assert bits(found.to_local()) == bits(expected.to_local()), (other, name)
             assert type(state["step"]) is Tensor and state["step"].item() == 4.0
+
+
+@pytest.mark.parametrize(("rows", "shape"), [(9, (4, 2)), (13, (3, 2)), (5, (2, 4)), (16, (4, 2)), (3, (4, 2))])
+def test_what_fsdp2_leaves_of_tensor_parallelism_is_kept_where_lengths_do_not_divide(
+    tmp_path: Path, rows: int, shape: tuple[int, int]
+) -> None:
+    """torch's own cuts of a real layer, by rows and by columns. Each rank cuts what it has: nobody communicates."""
+    whole = torch.arange(3.0 * rows).reshape(rows, 3)
+    size = torch.Size(shape).numel()
+    directory = checkpoint_name(Step(1), Generation(1))
+    reports, parts, targets = [], [], []
+
+    def seen_from(mesh: DeviceMesh, cut: DTensor) -> DTensor:
+        """torch keeps meshes, and of several ranks in one process the first one's."""
+        stride = torch.empty(cut.shape).stride()
+        return DTensor.from_local(cut.to_local(), mesh, cut.placements, run_check=False, shape=cut.shape, stride=stride)
+
+    for rank in range(size):
+        with seen_by(rank, shape) as mesh:
+            model = torch.nn.Sequential(torch.nn.Linear(3, rows, bias=False), torch.nn.Linear(rows, 3, bias=False))
+            model.load_state_dict({"0.weight": whole, "1.weight": whole.T.contiguous()})
+            plan: dict[str, ParallelStyle] = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+            parallelize_module(model, mesh["tp"], plan, src_data_rank=None)
+            fully_shard(model, mesh=mesh["dp"])
+            flat = flatten({name: seen_from(mesh, each) for name, each in model.state_dict().items()})
+            reports.append(save_share(tmp_path, directory, NONCE, Rank(rank), size, flat))
+            parts.append({each: tensor.clone() for each, tensor in flat.tensors.items()})
+            targets.append(flat.boxes)
+    saved = SavedState.open(commit(tmp_path, reports, facts()).directory)
+    everything = saved.read().tensors
+    assert torch.equal(everything["0.weight"], whole) and torch.equal(everything["1.weight"], whole.T)
+    for mine, boxes in zip(parts, targets, strict=True):
+        found = saved.read(boxes).tensors
+        assert all(torch.equal(found[each], tensor) for each, tensor in mine.items())
 
 
 def test_replicas_write_each_part_once_and_share_the_bytes(tmp_path: Path) -> None:
