@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from hpcft.checkpoint import values
 from hpcft.checkpoint.chunks import Chunks, chunk_bytes, chunks_of, opened, runs
-from hpcft.checkpoint.image import Image, lay_out
+from hpcft.checkpoint.image import PLACES, Image, header_length, lay_out
 from hpcft.checkpoint.layout import parse_name
 from hpcft.checkpoint.pieces import Piece, TensorShape, whole
 from hpcft.checkpoint.share import raw
@@ -43,6 +44,7 @@ from hpcft.checkpoint.tree import DTYPES, FlatState, flatten, unflatten
 from hpcft.durable import CHUNK_BYTES
 from hpcft.errors import UnusableError, UsageError
 from hpcft.ids import RunId
+from hpcft.rundir import RunDirectory
 from hpcft.units import counted, human_size
 
 FILE_BYTES = 1 << 30
@@ -50,6 +52,10 @@ FILE_BYTES = 1 << 30
 
 _MODEL = "model"
 _INDEX = "model.safetensors.index.json"
+_METADATA = ".metadata"
+_MARK = b"hpcft-export-"
+"""In the metadata of the distributed format, before the id that torch gives to a save: so an export is told from
+another program's checkpoint, without unpickling anything."""
 
 
 class Format(StrEnum):
@@ -122,8 +128,7 @@ def export(
     """
     if max_shard_bytes is not None and to is not Format.SAFETENSORS:
         raise UsageError(f"there are no shards in the format {to}", "--max-shard-size is for --to safetensors")
-    if any(parse_name(parent.name) for parent in target.resolve().parents):
-        raise UsageError(f"{target} is inside of a checkpoint, which never changes", "give another place")
+    _refuse_place(target, directory)
     done = total = 0
 
     def count(nbytes: int) -> None:
@@ -157,6 +162,19 @@ def export(
     )
 
 
+def _refuse_place(target: Path, checkpoint: Path) -> None:
+    """Nothing is written where a run keeps its checkpoints, or would be taken for one."""
+    place = target.resolve()
+    if any(parse_name(each.name) for each in place.parents):
+        raise UsageError(f"{target} is inside of a checkpoint, which never changes", "give another place")
+    if parse_name(place.name):
+        raise UsageError(f"{target} would have the name of a checkpoint, and is none", "give another name")
+    for each in place.parents:
+        run = RunDirectory(each.parent)
+        if each == checkpoint.resolve().parent or (each == run.checkpoints and run.identity.exists()):
+            raise UsageError(f"{target} is where a run keeps its checkpoints ({each})", "give another place")
+
+
 def _choose(chunks: Chunks, only: Sequence[str]) -> _Chosen:
     parts = values.select(chunks.state(), only)
     if len(only) == 1:
@@ -177,6 +195,33 @@ def _make_sure_of_room(place: Path, needed: int) -> None:
             f"the export has {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free in {place}",
             "make room, or export less of it with --only",
         )
+
+
+# --- what may be replaced ---
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a file is one of the two kinds that an export makes of one file."""
+    return _is_safetensors(path) or _is_torch(path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """With the places of tensors in its header that ours have, and models from elsewhere have not."""
+    try:
+        with path.open("rb") as file:
+            length = header_length(file.read(8)) - 8
+            return length <= path.stat().st_size and PLACES in orjson.loads(file.read(length))["__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_torch(path: Path) -> bool:
+    """torch names the archive in the file after the file, unless it is given an open one, as here."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "archive/data.pkl" in archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 # --- where bytes go --------------------------------------------------------------------------------------------
@@ -222,9 +267,10 @@ def _to_safetensors(
         _write(fd, image.header, 0)
         return {names[item.piece.name]: _Place(fd, item.begin) for item in image.placed}
 
-    def is_ours(name: str) -> bool:
-        return name == _INDEX or (name.startswith(_MODEL) and name.endswith(".safetensors"))
+    def is_shard(path: Path) -> bool:
+        return path.name == _INDEX or (path.name.startswith(_MODEL) and _is_safetensors(path))
 
+    is_ours = _is_export if max_shard_bytes is None else is_shard
     with written_aside(target, directory=max_shard_bytes is not None, replace=force, is_ours=is_ours) as aside:
         if max_shard_bytes is None:
             groups, paths = [pieces], [aside]
@@ -292,7 +338,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 def _to_torch(chunks: Chunks, chosen: _Chosen, target: Path, force: bool) -> Sequence[str]:
     state, names, converted = _empty(chunks, chosen)
-    with written_aside(target, directory=False, replace=force, is_ours=lambda name: False) as aside:
+    with written_aside(target, directory=False, replace=force, is_ours=_is_export) as aside:
         # torch writes the file with holes in place of the tensors: the memory of `state` is never touched.
         # It is given a file and not a path, whose name would be in the archive.
         with torch.serialization.skip_data(), aside.open("r+b") as file:
@@ -425,8 +471,13 @@ def _to_dcp(chunks: Chunks, chosen: _Chosen, target: Path, force: bool) -> Seque
     if not isinstance(state, Mapping):
         raise UsageError("what is exported is no dict, which the format dcp cannot hold", "try --to torch")
 
-    def is_ours(name: str) -> bool:
-        return name == ".metadata" or name.endswith(".distcp")
+    @cache
+    def is_marked(metadata: Path) -> bool:
+        return metadata.is_file() and _MARK in metadata.read_bytes()
+
+    def is_ours(path: Path) -> bool:
+        known = path.name == _METADATA or path.name.endswith(".distcp")
+        return known and is_marked(path.with_name(_METADATA))
 
     with written_aside(target, directory=True, replace=force, is_ours=is_ours) as aside:
         planner = _Planner(chunks, names)
@@ -451,7 +502,7 @@ class _Writer(FileSystemWriter):
         self._target = target
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta(checkpoint_id=str(self._target), save_id=self.save_id)
+        return StorageMeta(checkpoint_id=str(self._target), save_id=f"{_MARK.decode()}{self.save_id}")
 
 
 class _Planner(DefaultSavePlanner):

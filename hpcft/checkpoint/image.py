@@ -26,6 +26,9 @@ ALIGNMENT = 4096
 HEADER_LIMIT = 100_000_000
 """safetensors refuses longer headers."""
 
+PLACES = "DCP_SHARDING_INFO"
+"""In the header's metadata: where each piece begins in its tensor."""
+
 _LENGTH = struct.Struct("<Q")
 
 
@@ -56,7 +59,7 @@ def lay_out(pieces: Iterable[Piece]) -> Image:
     if len({piece.name for piece in ordered}) != len(ordered):
         raise ValueError("two pieces of one tensor in one file")
     offsets = {piece.name: {"saved_offsets": piece.offsets} for piece in ordered}
-    table: dict[str, object] = {"__metadata__": {"DCP_SHARDING_INFO": orjson.dumps(offsets).decode(), "format": "pt"}}
+    table: dict[str, object] = {"__metadata__": {PLACES: orjson.dumps(offsets).decode(), "format": "pt"}}
     spans = []
     reached = 0
     for piece in ordered:
@@ -87,7 +90,7 @@ def contradiction(header: bytes, placed: Iterable[Placed]) -> str:
     """Why a file's header does not say what the manifest says of the file; empty when it does."""
     try:
         table: dict[str, Any] = orjson.loads(header[_LENGTH.size :])
-        offsets: dict[str, Any] = orjson.loads(table.pop("__metadata__")["DCP_SHARDING_INFO"])
+        offsets: dict[str, Any] = orjson.loads(table.pop("__metadata__")[PLACES])
         found = {
             name: (row["dtype"], row["shape"], row["data_offsets"], offsets[name]["saved_offsets"])
             for name, row in table.items()

@@ -4,8 +4,8 @@ What is written goes aside first, beside its target: `.<name>.<random>.aside`. I
 name. Whoever writes holds a lock (flock) on it, so that the next writer of the same target can tell what a killed one
 has left, and removes it. On a file system without locks such a leftover stays; it is safe to delete.
 
-A target that exists is never touched, unless it may be replaced: then a file is renamed over, and two directories
-change places in one step (renameat2), so that there is always one of them.
+A target that exists is never touched, unless it may be replaced, and is what this program wrote there before: then a
+file is renamed over, and two directories change places in one step (renameat2), so that there is always one of them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _RENAME_EXCHANGE = 2
 
 
 @contextmanager
-def written_aside(target: Path, *, directory: bool, replace: bool, is_ours: Callable[[str], bool]) -> Iterator[Path]:
+def written_aside(target: Path, *, directory: bool, replace: bool, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     """An empty file, or directory, to be filled by the block; it becomes `target` when the block is done.
 
-    The files in a directory are synced by who writes them. `is_ours` says of the name of a file whether a directory
-    that is replaced may hold it: nothing else is ever deleted. Whatever ends the block early leaves nothing behind.
+    The files in a directory are synced by who writes them. `is_ours` says of a file whether it may be replaced, or be
+    in a directory that is: nothing else is ever deleted. Whatever ends the block early leaves nothing behind.
 
     Raises:
         UsageError: there is something at `target` that may not be replaced, or no directory to put it into.
@@ -53,7 +53,7 @@ def written_aside(target: Path, *, directory: bool, replace: bool, is_ours: Call
         os.close(lock)
 
 
-def _refuse(target: Path, directory: bool, replace: bool, is_ours: Callable[[str], bool]) -> None:
+def _refuse(target: Path, directory: bool, replace: bool, is_ours: Callable[[Path], bool]) -> None:
     if not target.parent.is_dir():
         raise UsageError(f"{target} cannot be written: there is no directory {target.parent}", "make it first")
     if not os.path.lexists(target):
@@ -65,12 +65,16 @@ def _refuse(target: Path, directory: bool, replace: bool, is_ours: Callable[[str
     if not directory and target.is_dir():
         raise UsageError(f"{target} is a directory, so it is not replaced by a file", "give another name")
     if directory:
-        foreign = sorted(path.name for path in target.iterdir() if path.is_dir() or not is_ours(path.name))
+        foreign = sorted(path.name for path in target.iterdir() if not (path.is_file() and is_ours(path)))
         if foreign:
             raise UsageError(
                 f"{target} holds {foreign[0]!r}, which is no part of an export, so it is not replaced",
                 "give another name, or remove it yourself",
             )
+    elif not (target.is_file() and is_ours(target)):
+        raise UsageError(
+            f"{target} is no earlier export, so it is not replaced", "give another name, or remove it yourself"
+        )
 
 
 def _exists(target: Path) -> UsageError:

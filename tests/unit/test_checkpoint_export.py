@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from checkpoint_samples import RUN, bits, contents, facts, listing, quick_directory, save, training_state
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -31,6 +31,7 @@ from hpcft.checkpoint.layout import CheckpointDamagedError
 from hpcft.checkpoint.read import read_manifest
 from hpcft.checkpoint.tree import DTYPE_NAMES, flatten
 from hpcft.errors import NotFoundError, UnusableError, UsageError
+from hpcft.rundir import RunDirectory
 
 torch.set_num_threads(1)
 
@@ -311,6 +312,53 @@ def test_force_deletes_nothing_but_exports(checkpoint: Path, tmp_path: Path) -> 
         export(checkpoint, checkpoint / "model.pt", Format.TORCH)
     with pytest.raises(UsageError, match="there is no directory"):
         export(checkpoint, tmp_path / "nowhere" / "model.pt", Format.TORCH)
+
+
+def test_force_replaces_no_files_that_others_have_made(checkpoint: Path, tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(2)}
+    (tmp_path / "thesis.txt").write_text("chapter one")
+    torch.save(tensors, tmp_path / "mine.pt")
+    save_file(tensors, tmp_path / "mine.safetensors")
+    with zipfile.ZipFile(tmp_path / "letters.zip", "w") as archive:
+        archive.writestr("letter", "Dear")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "hub").mkdir()
+    save_file(tensors, tmp_path / "hub" / "model.safetensors")
+    for name in ("thesis.txt", "mine.pt", "mine.safetensors", "letters.zip", "pipe"):
+        for to in (Format.TORCH, Format.SAFETENSORS):
+            with pytest.raises(UsageError, match="no earlier export"):
+                export(checkpoint, tmp_path / name, to, force=True)
+    with pytest.raises(UsageError, match=r"holds 'model\.safetensors', which is no part of an export"):
+        export(checkpoint, tmp_path / "hub", Format.SAFETENSORS, max_shard_bytes=4000, force=True)
+    assert (tmp_path / "thesis.txt").read_text() == "chapter one"
+    export(checkpoint, tmp_path / "ours", Format.SAFETENSORS)
+    export(checkpoint, tmp_path / "ours", Format.TORCH, force=True)
+    assert torch.load(tmp_path / "ours", weights_only=True)["extra"]["step"] == 2
+
+
+@ALONE
+def test_force_does_not_replace_another_programs_distributed_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    dcp.save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "theirs", no_dist=True)
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="is no part of an export"):
+        export(checkpoint, tmp_path / "theirs", Format.DCP, force=True)
+    assert contents(tmp_path) == before
+
+
+def test_nothing_is_exported_to_where_a_run_keeps_its_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.prepare()
+    (run.checkpoints / "LATEST").touch()
+    for target, what in (
+        (run.checkpoints / "LATEST", "keeps its checkpoints"),
+        (run.checkpoints / ".trash" / "x", "keeps its checkpoints"),
+        (checkpoint.parent / "model.pt", "keeps its checkpoints"),
+        (tmp_path / "step-00000050-g0001", "name of a checkpoint"),
+    ):
+        for force in (False, True):
+            with pytest.raises(UsageError, match=what):
+                export(checkpoint, target, Format.SAFETENSORS, force=force)
+    assert listing(run.checkpoints) == ["LATEST"] and listing(tmp_path) == ["run"]
 
 
 def test_a_file_system_that_cannot_exchange_keeps_the_old_one(
