@@ -17,7 +17,7 @@ from hpcft import status
 from hpcft.checkpoint import marks, read, readers, values
 from hpcft.checkpoint.layout import QUARANTINE, CheckpointDamagedError, CheckpointEntry, Damage
 from hpcft.errors import ExitCode, HpcftError, NotFoundError, UnusableError
-from hpcft.ids import RunId
+from hpcft.ids import RunId, Step
 from hpcft.rundir import RunDirectory
 from hpcft.units import counted, human_duration, human_size
 
@@ -215,35 +215,31 @@ def verify_checkpoints(
     `progress` is told how many bytes have been read, and of how many.
 
     Raises:
-        NotFoundError: there is none.
+        NotFoundError: there is none, or none is there any more by the time that it would be read.
     """
     entries = list(reversed(read.entries(run.checkpoints)))
+    if step is not None:
+        read.of_step(run.checkpoints, Step(step))  # says which there are
+    elif not entries:
+        raise NotFoundError(f"the run {run.name} has no checkpoint yet", "`hpcft status` says how far it is")
     chosen = [entry for entry in entries if step is None or entry.step == step]
-    if not chosen:
-        steps = ", ".join(str(each) for each in sorted({entry.step for entry in entries})) or "none"
-        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise NotFoundError(f"the run {run.name} has {wanted}", f"there are: {steps}")
     identity = run.run_id()
     checked = []
-    total = sum(_size(entry) for entry in chosen)
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(min(done, total), total)
-
+    gone: NotFoundError | None = None
+    count = read.Tally(progress, sum(_size(entry) for entry in chosen))
     for entry in chosen:
         try:
             with readers.reading(entry.directory):
                 found = tuple(read.verify(entry.directory, identity, count))
             checked.append(VerifiedCheckpoint(entry, found))
-        except NotFoundError:
-            continue  # retired while we looked
+        except NotFoundError as error:
+            gone = error  # retired while we looked
         except read.UnreadableError as error:
             checked.append(VerifiedCheckpoint(entry, error.damages, _reason(error)))
         except UnusableError as error:
             checked.append(VerifiedCheckpoint(entry, (), _reason(error)))
+    if gone is not None and not checked:
+        raise gone
     return Verification(run.name, tuple(checked))
 
 

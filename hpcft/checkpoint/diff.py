@@ -19,6 +19,7 @@ import torch
 from hpcft.checkpoint import values
 from hpcft.checkpoint.chunks import Chunks, chunk_bytes, chunks_of, opened, slabs
 from hpcft.checkpoint.pieces import TensorShape
+from hpcft.checkpoint.read import Tally
 from hpcft.checkpoint.tree import DTYPES
 from hpcft.checkpoint.values import ValueDifference
 from hpcft.ids import RunId
@@ -105,13 +106,7 @@ def compare(
     `progress` is told how many bytes have been read, and of how many. CheckpointDamagedError, NotFoundError: as in
     `chunks`. NotFoundError, too: one of them has no such part.
     """
-    done = total = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(min(done, total), total)
-
+    count = Tally(progress)
     with ExitStack() as stack:
         mine, theirs = (stack.enter_context(opened(each, run, count)) for each, run in zip((a, b), runs, strict=True))
         states = [values.select(each.state(), only) for each in (mine, theirs)]
@@ -119,8 +114,8 @@ def compare(
             dict.fromkeys(name for value in each.values() for name in values.tensor_names(value)) for each in states
         ]
         for chunks, wanted in zip((mine, theirs), names, strict=True):
-            total += chunk_bytes(chunks.manifest, chunks_of(chunks.manifest, wanted.__contains__))
-        progress(done, total)
+            count.total += chunk_bytes(chunks.manifest, chunks_of(chunks.manifest, wanted.__contains__))
+        count(0)
         differing = []
         equal = 0
         for name in [*_in_order(mine, names[0]), *(name for name in names[1] if name not in names[0])]:

@@ -38,6 +38,7 @@ from hpcft.checkpoint.chunks import Chunks, chunk_bytes, chunks_of, opened, runs
 from hpcft.checkpoint.image import PLACES, Image, header_length, lay_out
 from hpcft.checkpoint.layout import parse_name
 from hpcft.checkpoint.pieces import Piece, TensorShape, whole
+from hpcft.checkpoint.read import Tally
 from hpcft.checkpoint.share import raw
 from hpcft.checkpoint.target import written_aside
 from hpcft.checkpoint.tree import DTYPES, FlatState, flatten, unflatten
@@ -129,19 +130,13 @@ def export(
     if max_shard_bytes is not None and to is not Format.SAFETENSORS:
         raise UsageError(f"there are no shards in the format {to}", "--max-shard-size is for --to safetensors")
     _refuse_place(target, directory)
-    done = total = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(min(done, total), total)
-
+    count = Tally(progress)
     with opened(directory, run, count) as chunks:
         chosen = _choose(chunks, only)
-        total = chunk_bytes(chunks.manifest, chunks_of(chunks.manifest, chosen.names.__contains__))
+        count.total = chunk_bytes(chunks.manifest, chunks_of(chunks.manifest, chosen.names.__contains__))
         needed = sum(chunks.tensors[name].nbytes for name in chosen.names)
         _make_sure_of_room(target.parent, needed)
-        progress(min(done, total), total)
+        count(0)
         match to:
             case Format.TORCH:
                 converted = _to_torch(chunks, chosen, target, force)

@@ -58,6 +58,19 @@ class UnreadableError(UnusableError):
         self.damages = tuple(damages)
 
 
+class Tally:
+    """Bytes that have been done so far, and of how many, which may be known later: calling it with more tells both."""
+
+    def __init__(self, progress: Callable[[int, int], None], total: int = 0) -> None:
+        self.total = total
+        self._progress = progress
+        self._done = 0
+
+    def __call__(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._progress(min(self._done, self.total), self.total)
+
+
 @dataclass(frozen=True, slots=True)
 class Latest:
     """The hint: what was committed last, as far as whoever wrote it knew."""

@@ -15,6 +15,7 @@ from checkpoint_samples import RUN, committed, pin
 from hpcft import reports
 from hpcft.checkpoint import read
 from hpcft.checkpoint.layout import seal, unseal
+from hpcft.checkpoint.readers import excluded
 from hpcft.data.account import EpochReport, LedgerReport
 from hpcft.errors import ExitCode, NotFoundError
 from hpcft.rundir import RunDirectory
@@ -197,7 +198,18 @@ def test_a_step_without_checkpoint_is_said_with_those_that_have_one(run: RunDire
     committed(run.checkpoints, 100)
     with pytest.raises(NotFoundError) as caught:
         reports.verify_checkpoints(run, 150)
-    assert (caught.value.message, caught.value.hint) == ("the run run has no checkpoint of step 150", "there are: 100")
+    assert (caught.value.message, caught.value.hint) == (
+        "run has no checkpoint of step 150",
+        "there are: 100; see `hpcft ckpt ls`",
+    )
+
+
+def test_where_nothing_could_be_read_nothing_is_called_sound(run: RunDirectory) -> None:
+    committed(run.checkpoints, 100)
+    with excluded(run.checkpoints / "step-00000100-g0001"):  # as `prune` does
+        for step in (None, 100):
+            with pytest.raises(NotFoundError, match="is just being deleted"):
+                reports.verify_checkpoints(run, step)
 
 
 def ledger(**changes: object) -> LedgerReport:
