@@ -164,7 +164,8 @@ def checkpoint_frequency_command(
     )
     process.become_subreaper()
     stderr = Console(stderr=True)
-    interrupted, failed = False, None
+    interrupted = False
+    failed: HpcftError | OSError | None = None
     with meter(stderr) as shown:
         campaign = Campaign(question, site, directory, shown)
         try:
@@ -172,10 +173,14 @@ def checkpoint_frequency_command(
                 campaign.run()
         except KeyboardInterrupt:
             interrupted = True
-        except HpcftError as error:
+        except (HpcftError, OSError) as error:
             failed = error
     results = campaign.results
-    files = _write(results, directory) if results.trials else []
+    files: list[str] = []
+    try:
+        files = _write(results, directory) if results.trials else []
+    except OSError as error:
+        failed = failed or error
     if failed is not None and not results.trials:
         raise failed
     if as_json:

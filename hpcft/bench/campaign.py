@@ -77,6 +77,8 @@ class Results:
     trials: tuple[Figures, ...] = ()
     not_reached: tuple[int, ...] = ()
     """Of the cadences, in units, those that no trial came to."""
+    notes: tuple[str, ...] = ()
+    """For people: what could not be measured, or not be cleared away."""
     complete: bool = False
 
     def unit_of(self, trial: Figures) -> int:
@@ -211,11 +213,18 @@ class Campaign:
         size = self.results.size
         assert size is not None
         share = max(1, min(size // self._ranks, _RAW_LARGEST))
-        self.results.raw += (self._site.raw_rate(self._root, max(1, self._ranks // self._hosts), share),)
+        try:
+            self.results.raw += (self._site.raw_rate(self._root, max(1, self._ranks // self._hosts), share),)
+        except UnusableError as error:  # what has been measured, or can still be, is worth the same
+            self.results.notes += (f"the raw limit is not known: {error.message}",)
 
     def _discard(self, run: RunDirectory) -> None:
-        if not self._question.keep and run.checkpoints.exists():
+        if self._question.keep or not run.checkpoints.exists():
+            return
+        try:
             shutil.rmtree(run.checkpoints)
+        except OSError as error:
+            self.results.notes += (f"{run.checkpoints} could not be removed: {error.strerror or error}",)
 
     def _clear(self) -> None:
         process.end_descendants(_KILL_SECONDS)  # an interrupt may have come while a trial was being ended

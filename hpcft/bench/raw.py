@@ -3,13 +3,14 @@
     python -m hpcft.bench.raw DIRECTORY FILES BYTES
 
 writes so many files of so many bytes each at the same time, three times, and prints what the fastest round took as
-JSON. The files are removed again.
+JSON. The files are removed again, also when it is told to end (SIGTERM).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import orjson
 
+PREFIX = ".raw-"
+"""Of the files' names."""
 _BLOCK = 4 << 20
 _ROUNDS = 3
 
@@ -32,7 +35,7 @@ def measure(directory: Path, files: int, size: int) -> float:
 
 
 def _round(directory: Path, files: int, size: int, block: memoryview) -> float:
-    paths = [directory / f".raw-{os.uname().nodename}-{os.getpid()}-{number}" for number in range(files)]
+    paths = [directory / f"{PREFIX}{os.uname().nodename}-{os.getpid()}-{number}" for number in range(files)]
     errors: list[OSError] = []
 
     def write(path: Path) -> None:
@@ -48,7 +51,7 @@ def _round(directory: Path, files: int, size: int, block: memoryview) -> float:
         except OSError as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=write, args=(path,), name="hpcft-raw") for path in paths]
+    threads = [threading.Thread(target=write, args=(path,), name="hpcft-raw", daemon=True) for path in paths]
     try:
         began = time.monotonic()
         for thread in threads:
@@ -66,6 +69,7 @@ def _round(directory: Path, files: int, size: int, block: memoryview) -> float:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     directory, files, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     try:
         seconds = measure(directory, files, size)

@@ -137,6 +137,7 @@ def as_dict(results: Results) -> dict[str, Any]:
         "checkpoint_bytes": results.size,
         "ranks": results.ranks,
         "raw_bytes_per_second": list(results.raw),
+        "notes": list(results.notes),
         "mtbf_seconds": question.mtbf,
         "mtbf_source": question.mtbf_source,
         "rows": [asdict(each) for each in rows(results)],
@@ -233,6 +234,7 @@ def _foot(results: Results) -> Iterator[str]:
         f"{counted(base.trials, 'run')} without checkpoints: {human_duration(base.step)} a step, {base.spread:.1%} "
         "between the slowest and the fastest; smaller differences say nothing"
     )
+    yield from results.notes
     counts = [len(each.blocked) for each in results.trials if each.blocked]
     if counts and min(counts) < 100:
         yield f"p99 is the longest of the saves where there are fewer than 100 of them (here {min(counts)} at least)"

@@ -20,14 +20,16 @@ from typing import Protocol
 import orjson
 
 from hpcft import process
+from hpcft.bench.raw import PREFIX
 from hpcft.errors import UnusableError
-from hpcft.units import counted
+from hpcft.units import counted, human_duration, human_size
 
 _PYTHON = (sys.executable, "-P", "-m")
 _KILL_SECONDS = 15.0
 _QUIT_SECONDS = 20.0
 """An srun that is told to quit ends its step on all nodes first."""
-_RAW_SECONDS = 600.0
+_LONGEST_SECONDS = 600.0
+"""That a command which ends by itself may take."""
 
 
 class Site(Protocol):
@@ -111,7 +113,7 @@ class InAllocation:
             process.send(pid, signal.SIGKILL)
             return
         step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "kill", "-KILL", str(pid)]
-        done = subprocess.run(step, capture_output=True, text=True, timeout=_RAW_SECONDS, check=False)
+        done = _finished(step, f"killing worker {pid} on {node}")
         if done.returncode:
             raise UnusableError(f"worker {pid} on {node} could not be killed: {done.stderr.strip()}")
 
@@ -149,9 +151,42 @@ def _child(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes
 
 def _raw_rate(step: Sequence[str], directory: Path, files: int, size: int) -> float:
     command = [*step, *_PYTHON, "hpcft.bench.raw", str(directory), str(files), str(size)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_RAW_SECONDS, check=False)
+    try:
+        done = _finished(command, f"writing {counted(files, 'file')} of {human_size(size)} to {directory} as a measure")
+    finally:
+        for path in directory.glob(f"{PREFIX}*"):  # of one that had to be killed
+            path.unlink(missing_ok=True)
     found: list[Mapping[str, float]] = [orjson.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"]
     if done.returncode or not found:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]
         raise UnusableError(f"{directory} could not be written as a measure: {last[0]}")
     return sum(each["bytes"] for each in found) / max(each["seconds"] for each in found)
+
+
+def _finished(command: Sequence[str], what: str) -> subprocess.CompletedProcess[str]:
+    """The command, when it has ended by itself. It does not outlive this call, whatever ends that.
+
+    UnusableError: it takes too long.
+    """
+    started = subprocess.Popen(
+        [*_PYTHON, "hpcft.bench.child", str(os.getpid()), *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, complained = started.communicate(timeout=_LONGEST_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise UnusableError(f"{what} takes longer than {human_duration(_LONGEST_SECONDS)}") from error
+    finally:
+        for end in (started.terminate, started.kill):  # srun has to have time to end its tasks
+            if started.poll() is None:
+                end()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    started.wait(_QUIT_SECONDS)
+        for pipe in (started.stdout, started.stderr):
+            assert pipe is not None
+            pipe.close()
+    return subprocess.CompletedProcess(command, started.returncode, said, complained)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
@@ -13,13 +17,14 @@ import orjson
 import pytest
 from rich.console import Console
 
-from hpcft import cli_bench, status, wire
-from hpcft.bench import plan, predict, raw, report
-from hpcft.bench.campaign import Question, Results, check_room, write_job
-from hpcft.bench.measure import figures, settings
+from hpcft import cli_bench, process, status, wire
+from hpcft.bench import campaign, plan, predict, raw, report, site
+from hpcft.bench.campaign import Campaign, Meter, Question, Results, check_room, write_job
+from hpcft.bench.measure import LastSave, figures, settings
 from hpcft.bench.meter import meter
 from hpcft.bench.plan import Mode, Pace, Trial
 from hpcft.bench.predict import Costs, Figures
+from hpcft.bench.site import Local
 from hpcft.cadence import expected_loss
 from hpcft.cli import main
 from hpcft.config import load
@@ -357,7 +362,67 @@ def test_a_full_file_system_is_found_before_anything_is_trained(tmp_path: Path) 
         check_room(tmp_path, 1 << 60)
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site, "_LONGEST_SECONDS", 0.01)
+
+
+def test_a_file_system_that_has_become_slow_is_said_and_keeps_nothing(tmp_path: Path, short: None) -> None:
+    with pytest.raises(UnusableError, match=r"writing 1 file of 1 MiB to .* as a measure takes longer than"):
+        Local(1, 1).raw_rate(tmp_path, 1, 1 << 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_while_the_raw_limit_is_measured_leaves_nothing(tmp_path: Path) -> None:
+    def act() -> None:
+        until = time.monotonic() + 60
+        while not list(tmp_path.iterdir()) and time.monotonic() < until:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=act)
+    with cli_bench._interruptible(), pytest.raises(KeyboardInterrupt):
+        thread.start()
+        Local(1, 2).raw_rate(tmp_path, 2, 256 << 20)
+    thread.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trials_count_also_where_the_raw_limit_cannot_be_measured(
+    tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trials themselves are made end to end elsewhere."""
+    left = list(MEASURED)
+    monkeypatch.setattr(campaign, "measure", lambda trial, *_: (left.pop(0), RunDirectory(tmp_path / trial.name)))
+    monkeypatch.setattr(process, "end_descendants", lambda seconds: [])  # which might be another test's
+    monkeypatch.setattr(campaign, "last_save", lambda run: LastSave(4000, 0.1, None))
+    made = Campaign(replace(results().question, every=(1,), steps=100), Local(1, 1), tmp_path, Meter())
+    made._root.mkdir()
+    made.run()
+    assert made.results.complete and len(made.results.trials) == 6
+    assert made.results.raw == () and "takes longer" in made.results.notes[1]
+    assert "the raw limit is not known" in shown(made.results)
+    assert report.as_dict(made.results)["notes"] == list(made.results.notes)
+
+
 # --- the command ---
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UnusableError("a trial has ended")])
+def test_what_was_measured_is_shown_whatever_ends_the_rest(
+    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Campaign) -> None:
+        self.results.trials = MEASURED
+        raise error
+
+    monkeypatch.setattr(Campaign, "run", run)
+    monkeypatch.setattr(process, "become_subreaper", lambda: None)  # this process has other tests to run
+    code = main(["bench", "checkpoint-frequency", "--params", "20k", "--root", str(tmp_path), "--local"])
+    said = capsys.readouterr()
+    assert code == ExitCode.UNUSABLE
+    assert "synchronous" in said.out and str(getattr(error, "strerror", error)) in said.err
+    assert (next(tmp_path.glob("bench-*")) / "results.json").exists()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
