@@ -10,6 +10,8 @@ from statistics import median
 from hpcft.bench.plan import Mode
 from hpcft.cadence import best_interval, expected_loss
 
+NOISY = 0.2
+"""Where training without checkpoints differs by more from run to run, what saves cost is not known well enough."""
 _CURVE_POINTS = 41
 _CURVE_SPAN = 32.0
 """The curve goes from the best interval divided by this to the best one times this."""
@@ -70,6 +72,11 @@ class Baseline:
     spread: float
     """How far apart the slowest and the fastest are, as a share of the median: smaller differences say nothing."""
     trials: int
+
+    @property
+    def noisy(self) -> bool:
+        """Whether nothing should be decided by what was measured beside it."""
+        return self.spread > NOISY
 
 
 def baseline(trials: Sequence[Figures]) -> Baseline:
@@ -137,7 +144,7 @@ class Advice:
     interval: float
     """Seconds from save to save."""
     steps: int
-    """The same in steps."""
+    """Between the two: the save itself is part of the interval."""
     goodput: float
     """Share of the time that is expected to go into steps that are kept."""
     saving: float
@@ -152,12 +159,12 @@ class Advice:
 
 def advice(found: Costs, mtbf: float, step: float) -> Advice:
     """For failures `mtbf` seconds apart on average, and steps of `step` seconds without checkpoints."""
-    best = max(best_interval(found.cost, mtbf), step)
+    best = max(best_interval(found.cost, mtbf), step + found.cost)
     interval = max(best, found.lag)
-    steps = max(1, round(interval / step))
+    steps = max(1, round((interval - found.cost) / step))
     saving, repeating = expected_loss(interval, found.cost, found.lag, 1 / mtbf)
     factors = [_CURVE_SPAN ** (2 * point / (_CURVE_POINTS - 1) - 1) for point in range(_CURVE_POINTS)]
-    lengths = [best * factor for factor in factors if best * factor >= max(found.lag, step)]
+    lengths = [best * factor for factor in factors if best * factor >= max(found.lag, step + found.cost)]
     return Advice(
         found.mode,
         interval,

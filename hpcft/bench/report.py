@@ -133,6 +133,7 @@ def as_dict(results: Results) -> dict[str, Any]:
         "steps": results.steps,
         "step_seconds": None if base is None else base.step,
         "spread": None if base is None else base.spread,
+        "noisy": None if base is None else base.noisy,
         "startup_seconds": results.startup,
         "checkpoint_bytes": results.size,
         "ranks": results.ranks,
@@ -250,7 +251,13 @@ def _recommended(results: Results) -> Iterator[str]:
     for each in found:
         yield f"  {_sentence(each)}"
     durable = [each for each in found if each.costs.mode is not Mode.MEMORY]
-    if durable:
+    base = predict.baseline(results.trials)
+    if base.noisy:
+        yield (
+            f"no recommendation: runs without checkpoints differ by {base.spread:.0%}, so these figures are chance; "
+            "measure again on a quiet machine, or for longer (--steps N)"
+        )
+    elif durable:
         best = durable[0].advice
         yield f'recommended: checkpoint.mode = "{best.mode}", checkpoint.every = "{counted(best.steps, "step")}"'
 

@@ -246,7 +246,7 @@ def test_no_other_interval_is_expected_to_lose_less(cost: float, mtbf: float) ->
     assert advised.goodput == pytest.approx(1 - advised.saving - advised.repeating - advised.recovering)
     loss = expected_loss(advised.interval, cost, cost, 1 / mtbf)
     assert (advised.saving, advised.repeating) == (loss.saving, loss.repeating)
-    assert advised.steps == round(advised.interval / 0.1)
+    assert advised.steps * 0.1 + cost == pytest.approx(advised.interval, abs=0.05), "from save to save, that included"
     assert all(shorter < longer for (shorter, _), (longer, _) in pairwise(advised.curve))
 
 
@@ -254,6 +254,11 @@ def test_a_save_is_durable_before_the_next_one_begins() -> None:
     advised = predict.advice(Costs(Mode.ASYNC, 0.001, 0.0, lag=60.0, recovery=0.0), 3600.0, step=1.0)
     assert (advised.interval, advised.steps, advised.bound_by_lag) == (60.0, 60, True)
     assert min(interval for interval, _ in advised.curve) >= 60.0
+
+
+def test_steps_are_those_between_two_saves() -> None:
+    advised = predict.advice(Costs(Mode.SYNC, 100.0, 100.0, lag=100.0, recovery=0.0), 600.0, step=1.0)
+    assert (round(advised.interval), advised.steps) == (383, 283)
 
 
 def test_nothing_is_saved_more_often_than_every_step() -> None:
@@ -320,6 +325,13 @@ def test_the_text_has_the_number_of_samples_and_a_recommendation() -> None:
     assert "3.0% between the slowest and the fastest" in text
     assert 'recommended: checkpoint.mode = "async", checkpoint.every = "' in text
     assert "interrupted" not in text
+
+
+def test_what_is_chance_is_not_recommended() -> None:
+    text = shown(results(trials=(*MEASURED, trial(Mode.NONE, 0, 12.3))))
+    assert "no recommendation: runs without checkpoints differ by 24%" in text
+    assert "recommended: " not in text and "asynchronous: every" in text
+    assert report.as_dict(results())["noisy"] is False
 
 
 def test_an_interrupted_bench_shows_what_there_is() -> None:
