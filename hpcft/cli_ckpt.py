@@ -89,7 +89,11 @@ def _chosen(word: str, root: Path, run: str | None) -> tuple[CheckpointEntry, Ru
         return CheckpointEntry(*parsed, path.resolve()), None
     found = find(root, run)
     if word.isdecimal():
-        return of_step(found.checkpoints, Step(int(word))), found.run_id()
+        try:
+            step = Step(int(word))
+        except ValueError as error:  # thousands of digits: Python refuses to convert them
+            raise NotFoundError(f"no step has a number of {len(word)} digits", "`hpcft ckpt ls` lists them") from error
+        return of_step(found.checkpoints, step), found.run_id()
     named = [each for each in entries(found.checkpoints) if word in (each.name, _LATEST)]
     if not named:
         which = "yet" if word == _LATEST else word

@@ -26,7 +26,7 @@ from hpcft.checkpoint import read, retention
 from hpcft.checkpoint.layout import TRASH, CheckpointDamagedError, CheckpointEntry, checkpoint_name
 from hpcft.checkpoint.marks import pinned, verified
 from hpcft.checkpoint.readers import excluded
-from hpcft.errors import DamagedError, NotFoundError
+from hpcft.errors import DamagedError, NotFoundError, UnusableError
 from hpcft.events import CheckpointRef
 from hpcft.ids import Generation, RunId
 from hpcft.rundir import RunDirectory, is_live
@@ -161,14 +161,24 @@ def _damaged(mine: Sequence[CheckpointEntry], run: RunId) -> dict[str, str]:
 def _best(run: RunDirectory, mine: Sequence[CheckpointEntry]) -> frozenset[str]:
     """Those that the run's own retention keeps for their metric, by its stored configuration.
 
-    UnusableError: one cannot be read, so that nobody knows.
+    UnusableError: that, or a manifest, cannot be read, so that nobody knows.
     """
     try:
-        kept = orjson.loads(run.config.read_bytes())["checkpoint"]
-    except (OSError, ValueError, KeyError):
+        match orjson.loads(run.config.read_bytes()):
+            case {"checkpoint": {"best_metric": str() as metric, "keep_best": int() as count, **kept}}:
+                pass
+            case {"checkpoint": {}}:
+                return frozenset()
+            case _:
+                raise ValueError("it has no section [checkpoint]")
+    except FileNotFoundError:
         return frozenset()  # it has never been started
-    metric, count = kept.get("best_metric"), kept.get("keep_best", 0)
-    if not metric or not count:
+    except ValueError as error:
+        raise UnusableError(
+            f"{run.config} cannot be understood, so it is not known whether checkpoint.keep_best keeps some: {error}",
+            "the next start of the run writes it again",
+        ) from error
+    if not count:
         return frozenset()
     values = {}
     for entry in mine:
@@ -176,7 +186,7 @@ def _best(run: RunDirectory, mine: Sequence[CheckpointEntry]) -> frozenset[str]:
             found = read.read_manifest(entry.directory)[0].metrics.get(metric)
             if found is not None:
                 values[entry.name] = found.value
-    return retention.best(mine, values, count, kept.get("best_mode", "min"))
+    return retention.best(mine, values, count, str(kept.get("best_mode", "min")))
 
 
 def carry_out(run: RunDirectory, agreed: Plan, rules: Rules) -> Plan:

@@ -137,12 +137,15 @@ class RunDirectory:
 
     def run_id(self) -> RunId:
         try:
-            return RunId(orjson.loads(self.identity.read_bytes())["id"])
+            found = orjson.loads(self.identity.read_bytes())["id"]
+            if not isinstance(found, str):
+                raise ValueError("its id is no text")
+            return RunId(found)
         except FileNotFoundError as error:
             raise NotFoundError(
                 f"{self.path} is not a run directory: it has no run.json", "`hpcft status` lists runs"
             ) from error
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UnusableError(f"{self.identity} cannot be read: {error}") from error
 
 

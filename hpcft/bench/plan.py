@@ -11,6 +11,8 @@ from enum import StrEnum
 STATE_BYTES = 12
 """For each parameter: float32 and AdamW's two moments."""
 
+MOST_PARAMETERS = 1e15
+
 EVERY = {False: (1, 5, 10, 50), True: (1, 5, 10)}
 """How often, where it is not said: in steps, and in epochs."""
 
@@ -70,13 +72,16 @@ def parse_parameters(text: str) -> int:
     found = _PARAMETERS.fullmatch(text.strip())
     if found is None:
         raise ValueError(f"{text!r} is not a number of parameters; write 125M or 1.5B, say")
-    return round(float(found[1]) * _THOUSANDS[found[2]])
+    number = float(found[1]) * _THOUSANDS[found[2]]
+    if not number < MOST_PARAMETERS:
+        raise ValueError("there is no machine for a model of so many parameters; write 125M or 1.5B, say")
+    return round(number)
 
 
 def parse_every(text: str) -> tuple[int, ...]:
     """Whole numbers from "1,5,10,50", in rising order. Raises ValueError with a sentence for the user."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and 0 < int(word) < 10**9 for word in words):
+    if not all(word.isdecimal() and len(word) < 10 and int(word) for word in words):
         raise ValueError(f"{text!r} does not say how often; write whole numbers from 1 on, such as 1,5,10,50")
     return tuple(sorted({int(word) for word in words}))
 

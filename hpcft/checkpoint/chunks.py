@@ -25,7 +25,7 @@ from hpcft.checkpoint.image import Placed
 from hpcft.checkpoint.layout import STATE, CheckpointDamagedError, Damage
 from hpcft.checkpoint.manifest import FileEntry, Manifest
 from hpcft.checkpoint.pieces import DTYPE_BYTES, Piece, TensorShape
-from hpcft.checkpoint.read import chunk_damage, damage_of, read_chunk, read_manifest, stat_damage
+from hpcft.checkpoint.read import chunk_damage, damage_of, open_file, read_chunk, read_manifest, stat_damage
 from hpcft.checkpoint.readers import reading
 from hpcft.durable import CHUNK_BYTES
 from hpcft.errors import NotFoundError
@@ -79,7 +79,7 @@ class Chunks:
         return self._kept[key]
 
     def _fill(self, entry: FileEntry, number: int, data: memoryview) -> None:
-        fd = os.open(self.directory / entry.name, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_file(self.directory / entry.name)
         try:
             damage = stat_damage(entry, os.fstat(fd))
             if damage is None:

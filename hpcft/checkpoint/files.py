@@ -32,7 +32,7 @@ from hpcft import prefault
 from hpcft.checkpoint.layout import CheckpointDamagedError
 from hpcft.checkpoint.manifest import FileEntry
 from hpcft.checkpoint.needs import Contiguous, Need, Scattered
-from hpcft.checkpoint.read import content_damage, damage_of, read_chunk, stat_damage
+from hpcft.checkpoint.read import content_damage, damage_of, open_file, read_chunk, stat_damage
 from hpcft.checkpoint.turns import do_in_turn
 from hpcft.durable import CHUNK_BYTES
 
@@ -194,7 +194,7 @@ class _Reading:
                 os.close(self._fds.pop(entry.name))
 
     def _open(self, entry: FileEntry) -> int:
-        fd = os.open(self._directory / entry.name, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_file(self._directory / entry.name)
         kept = None
         try:
             if damage := stat_damage(entry, os.fstat(fd)):

@@ -33,8 +33,8 @@ QUARANTINE = ".quarantine"
 MARKS = ".marks"
 SHARD_SUFFIX = ".safetensors"
 
-_NAME = re.compile(r"step-(\d{8,})-g(\d{4,})")
-_STAGING = re.compile(r"\.tmp-(step-\d{8,}-g\d{4,})-([0-9a-z]{4,32})")
+_NAME = re.compile(r"step-(\d{8,20})-g(\d{4,20})")
+_STAGING = re.compile(r"\.tmp-(step-\d{8,20}-g\d{4,20})-([0-9a-z]{4,32})")
 _NONCE = re.compile(r"[0-9a-z]{4,32}")
 _DIGEST_LENGTH = 32
 

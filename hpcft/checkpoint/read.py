@@ -109,11 +109,29 @@ def of_step(root: Path, step: Step) -> CheckpointEntry:
     return chosen[-1]
 
 
+def open_file(path: Path) -> int:
+    """Opens a file to be read; not waiting for a writer, where a pipe stands in its place."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    os.set_blocking(fd, True)  # as far as it is a file
+    return fd
+
+
+def _content(path: Path) -> bytes:
+    fd = open_file(path)
+    try:
+        if not S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EISDIR, "it is a directory, or another thing that is no file", str(path))
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(fd)
+
+
 def read_latest(root: Path) -> Latest | None:
     """The hint; None when there is none. CheckpointDamagedError: it is not what was written."""
     path = root / LATEST
     try:
-        body, _ = unseal("latest", path.read_bytes())
+        body, _ = unseal("latest", _content(path))
         fields = Fields(body, "latest")
         return Latest(
             name=fields.text("name"),
@@ -134,7 +152,7 @@ def read_manifest(directory: Path, run: RunId | None = None) -> tuple[Manifest, 
     NotFoundError: no such directory. CheckpointDamagedError: the manifest is not that of this checkpoint.
     """
     try:
-        data = (directory / MANIFEST).read_bytes()
+        data = _content(directory / MANIFEST)
         manifest, digest = Manifest.parse(data)
     except ValueError as error:
         raise CheckpointDamagedError(directory, Damage(MANIFEST, str(error))) from error
@@ -330,7 +348,7 @@ def content_damage(entry: FileEntry, chunk: int, length: int, digest: str) -> Da
 
 
 def _verify_file(directory: Path, entry: FileEntry, progress: Callable[[int], None]) -> Iterator[Damage]:
-    fd = os.open(directory / entry.name, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_file(directory / entry.name)
     try:
         found = os.fstat(fd)
         sound = True

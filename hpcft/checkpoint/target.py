@@ -54,6 +54,8 @@ def written_aside(target: Path, *, directory: bool, replace: bool, is_ours: Call
 
 
 def _refuse(target: Path, directory: bool, replace: bool, is_ours: Callable[[Path], bool]) -> None:
+    if target.name in ("", ".."):
+        raise UsageError(f"{target} is no name that an export could get", "name a file or directory that is to be made")
     if not target.parent.is_dir():
         raise UsageError(f"{target} cannot be written: there is no directory {target.parent}", "make it first")
     if not os.path.lexists(target):
@@ -102,7 +104,7 @@ def _remove_leftovers(target: Path) -> None:
         if not (durable.is_aside(path.name) and path.name.startswith(f".{target.name}.")):
             continue
         with suppress(OSError):  # another's, or there are no locks: it stays
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(path)

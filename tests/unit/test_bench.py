@@ -63,9 +63,15 @@ def test_what_is_no_number_of_parameters(text: str) -> None:
         plan.parse_parameters(text)
 
 
+def test_more_parameters_than_any_machine_holds_are_a_mistake() -> None:
+    for text in ("9" * 400, "9" * 5000, "9999999B"):
+        with pytest.raises(ValueError, match="no machine"):
+            plan.parse_parameters(text)
+
+
 def test_how_often() -> None:
     assert plan.parse_every("10, 1,5,5") == (1, 5, 10)
-    for wrong in ("", "0", "1,", "1.5", "-1", "x"):
+    for wrong in ("", "0", "1,", "1.5", "-1", "x", "9" * 5000):
         with pytest.raises(ValueError, match="whole numbers"):
             plan.parse_every(wrong)
 

@@ -94,6 +94,34 @@ def test_a_checkpoint_is_named_by_its_step_its_name_or_its_directory(
         assert hint in done.stderr
 
 
+def test_what_no_run_directory_should_hold_is_said_in_one_line(run: RunDirectory, ckpt: Command) -> None:
+    many = "9" * 5000
+    for line in (["show", many], ["show", f"step-{many}-g0001"], ["show", f"step-00000001-g{many}"]):
+        assert ckpt(*line).returncode == 15
+    for target in (".", "..", "/"):
+        done = ckpt("export", "300", target, "--to", "dcp", "--force")
+        assert done.returncode == 2 and "no name that an export could get" in done.stderr
+    for content, section in ((b"[]", "section"), (b'{"checkpoint": 5}', "section"), (b"{", "unexpected")):
+        run.config.write_bytes(content)
+        done = ckpt("prune", "--keep", "1", "--yes")
+        assert done.returncode == 14 and "checkpoint.keep_best" in done.stderr and section in done.stderr
+    manifest, shard = (
+        run.checkpoints / name(300) / file for file in ("manifest.json", "shard-00000-of-00002.safetensors")
+    )
+    shard.unlink()
+    os.mkfifo(shard)
+    for line in (["verify", "--step", "300"], ["export", "300", "out", "--to", "torch"]):
+        done = ckpt(*line)
+        assert done.returncode == 16 and "no file" in done.stdout + done.stderr
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert "DAMAGED: manifest.json: it cannot be read: it is a directory, or" in ckpt("ls").stdout
+    for content in (b"[]", b'{"id": 5}'):
+        run.identity.write_bytes(content)
+        done = ckpt("verify")
+        assert done.returncode == 14 and "run.json cannot be read" in done.stderr
+
+
 def test_pins_may_be_set_and_taken_twice_and_are_shown(run: RunDirectory, ckpt: Command, tmp_path: Path) -> None:
     assert answer(ckpt, "pin", "100") == {"checkpoint": name(100), "pinned": True, "changed": True}
     assert answer(ckpt, "pin", "100") == {"checkpoint": name(100), "pinned": True, "changed": False}
