@@ -86,7 +86,10 @@ def _parsed(name: str) -> Any:
 )
 @click.option("--mtbf", metavar="DURATION", callback=_parsed("parse_duration"), help="Between failures (3h), expected.")
 @click.option(
-    "--mtbf-of", metavar="RUN", shell_complete=complete_run, help="Take it from what this run has seen of failures."
+    "--mtbf-of",
+    metavar="RUN",
+    shell_complete=complete_run,
+    help="Take it from what this run, a name below --root or a path, has seen of failures.",
 )
 @click.option("--nodes", type=click.IntRange(min=1), metavar="N", help="Virtual nodes, outside an allocation.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="K", help="Workers on each node.")
@@ -204,6 +207,7 @@ def _prepared(
     sized: bool,
 ) -> tuple[Site, tuple[Mode, ...], float]:
     """Where the trials run, which modes, and the configured time between failures."""
+    from hpcft.bench.campaign import SIZED
     from hpcft.bench.plan import SAVING, Mode
     from hpcft.bench.site import InAllocation, Local
     from hpcft.config import check_program, check_torch
@@ -217,6 +221,13 @@ def _prepared(
         )
     check_program(config)
     check_torch(config)
+    if config.job.module == SIZED:
+        from hpcft.examples.sized import Settings  # with torch, which takes a second
+
+        try:
+            Settings.of(config.train)
+        except ValueError as error:
+            raise UsageError(str(error), "--params 2M, say; --set train.batch_size=64 and the like") from error
     asked = tuple(Mode(each) for each in modes) or SAVING
     chosen = tuple(each for each in SAVING if each in asked)
     site: Site

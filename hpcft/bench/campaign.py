@@ -23,6 +23,8 @@ from hpcft.errors import UnusableError, UsageError
 from hpcft.rundir import RunDirectory
 from hpcft.units import counted, human_duration, human_size
 
+SIZED = "hpcft.examples.sized"
+"""The module that trains a model of a given size."""
 _ROOM = 4
 """Checkpoints of a trial that may lie in its directory at the same time: two kept, one written, one deleted."""
 _KILL_SECONDS = 15.0
@@ -245,7 +247,7 @@ def check_room(directory: Path, size: int) -> None:
 def write_job(path: Path, parameters: int, train: Mapping[str, object]) -> None:
     """The configuration of a run that trains a model of so many parameters on made-up data."""
     keys = {"parameters": parameters, **train}
-    lines = ["[run]", 'name = "bench"', "", "[job]", 'module = "hpcft.examples.sized"', "", "[train]"]
+    lines = ["[run]", 'name = "bench"', "", "[job]", f'module = "{SIZED}"', "", "[train]"]
     lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
     path.write_text("\n".join(lines) + "\n")
 

@@ -8,8 +8,9 @@ for each parameter. `[train]` in the configuration sets what is in `Settings`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,21 @@ class Settings:
     learning_rate: float = 1e-3
     steps: int = 1_000_000_000
     """As good as endless: whoever measures it ends it."""
+
+    @classmethod
+    def of(cls, train: Mapping[str, Any]) -> Settings:
+        """From `[train]` of a configuration. ValueError says which key cannot be used, and why."""
+        kinds = {each.name: type(each.default) for each in fields(cls)}
+        for key, value in train.items():
+            if key not in kinds:
+                raise ValueError(f"train.{key} is none of its settings, which are {', '.join(kinds)}")
+            takes = int | float if kinds[key] is float else int
+            if isinstance(value, bool) or not isinstance(value, takes) or value <= 0:
+                number = "number" if kinds[key] is float else "whole number"
+                raise ValueError(f"train.{key} = {value!r} is no {number} above 0")
+        found = cls(**train)
+        shape_of(found.parameters, found.context)
+        return found
 
 
 class Shape(NamedTuple):
@@ -92,7 +108,7 @@ def build(settings: Settings, device: torch.device) -> tuple[gpt.GPT, torch.opti
 
 
 def train(run: hpcft.Run) -> None:
-    settings = Settings(**run.config)
+    settings = Settings.of(run.config)
     model, optimizer, data = run.once(lambda: build(settings, run.device))
     run.restore(model=model, optimizer=optimizer, data=data)
     replica = run.ddp(model)

@@ -470,6 +470,11 @@ def test_how_far_it_is_is_shown(terminal: bool) -> None:
         (["--params", "2M", "--mtbf", "3h", "--mtbf-of", "x"], "exclude each other"),
         (["--params", "2M", "--mtbf-of", "nothing"], "there is no run 'nothing'"),
         (["--params", "2M", "--set", "no.such=1"], "unknown section"),
+        (["--params", "5"], "the smallest has 10000"),
+        (["--params", "0"], "train.parameters = 0 is no whole number above 0"),
+        (["--params", "2M", "--set", "train.bogus=1"], "train.bogus is none of its settings"),
+        (["--params", "2M", "--set", "train.batch_size=0"], "train.batch_size = 0"),
+        (["--params", "2M", "--set", "train.context=many"], "train.context = 'many'"),
         (["--params", "900000B"], "free space"),
         (["missing.toml"], "there is no such file"),
     ],
@@ -478,8 +483,11 @@ def test_mistakes_start_nothing_and_leave_nothing(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = main(["bench", "checkpoint-frequency", *arguments, "--root", str(tmp_path)])
+    said = capsys.readouterr().err
+    if "train." in message or "smallest" in message:
+        assert code == ExitCode.USAGE
     assert code in (ExitCode.USAGE, ExitCode.NOT_FOUND, ExitCode.UNUSABLE)
-    assert message in capsys.readouterr().err
+    assert message in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -491,5 +499,6 @@ def test_the_time_between_failures_of_a_run_is_what_its_status_says(tmp_path: Pa
     seconds, source = cli_bench._mtbf(tmp_path, None, "one", expected=1.0)
     assert seconds == pytest.approx(rules.saving.mtbf), "it has not trained, and believes what was expected"
     assert source.startswith("from one: 0 in 0.0 h of training")
+    assert cli_bench._mtbf(tmp_path / "elsewhere", None, str(tmp_path / "one"), expected=1.0) == (seconds, source)
     assert cli_bench._mtbf(tmp_path, 5.0, None, expected=1.0)[0] == 5.0
     assert cli_bench._mtbf(tmp_path, None, None, expected=1.0)[0] == 1.0
