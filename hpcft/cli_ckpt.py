@@ -213,7 +213,7 @@ def _say_pinned(entry: CheckpointEntry, pinned: bool, changed: bool, as_json: bo
 @with_options(run_argument, root_option, json_option)
 @click.option("--keep", type=click.IntRange(min=1), metavar="N", help="Keep the newest N of the run's branch.")
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="N", help="And those of every N steps.")
-@click.option("--trash", is_flag=True, help="Also what failed saves have left, and what is being deleted.")
+@click.option("--trash", is_flag=True, help="Also what failed saves have left.")
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted, delete nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def prune_command(
@@ -249,7 +249,8 @@ def prune_command(
         if not click.confirm("delete them?", err=True):
             print_json({"dry_run": True, **plan.as_dict()}) if as_json else click.echo("nothing was deleted")
             return ExitCode.OK
-    done = prune.carry_out(found, plan, rules)
+    with meter("deleting") as progress:
+        done = prune.carry_out(found, plan, rules, progress)
     if as_json:
         print_json({"dry_run": False, **done.as_dict()})
     else:

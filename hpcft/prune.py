@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -32,6 +32,8 @@ from hpcft.ids import Generation, RunId
 from hpcft.rundir import RunDirectory, is_live
 from hpcft.units import counted, human_size
 
+_BINNED = f"{TRASH}/"
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -42,7 +44,7 @@ class Rules:
     keep_every: int | None
     """And those of every so many steps."""
     trash: bool
-    """Also what failed saves have left, and what is in the trash already."""
+    """Also what failed saves have left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ def plan(run: RunDirectory, rules: Rules) -> Plan:
                 if not alone:
                     protected[entry.name] = "it is being read"
     gone = _retired(on_disk, counting, before.generation, rules, protected.keys(), damaged.keys())
-    leftovers = _leftovers(root, before.generation, over) if rules.trash else ()
+    leftovers = (*(_unfinished(root, before.generation, over) if rules.trash else ()), *_binned(root))
     chosen = tuple(each for each in on_disk if each.name in gone)
     return Plan(
         run=run.name,
@@ -189,10 +191,16 @@ def _best(run: RunDirectory, mine: Sequence[CheckpointEntry]) -> frozenset[str]:
     return retention.best(mine, values, count, str(kept.get("best_mode", "min")))
 
 
-def carry_out(run: RunDirectory, agreed: Plan, rules: Rules) -> Plan:
+def carry_out(
+    run: RunDirectory,
+    agreed: Plan,
+    rules: Rules,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
     """Deletes what was agreed on, as far as it may still go; returns that.
 
-    Whatever ends it early, a checkpoint is there as a whole or not at all, and the next one empties the trash.
+    Whatever ends it early, a checkpoint is there as a whole or not at all, and the next one goes on with the rest.
+    `progress` is told how many bytes have been deleted, and of how many.
     """
     root = run.checkpoints
     names = {each.name for each in agreed.retired}
@@ -203,10 +211,13 @@ def carry_out(run: RunDirectory, agreed: Plan, rules: Rules) -> Plan:
     with ExitStack() as stack:
         retired = [each for each in retired if stack.enter_context(excluded(each.directory))]
         size = sum(_size(each.directory) for each in retired)
-        staging = [name for name in leftovers if not name.startswith(f"{TRASH}/")]
-        retention.put_into_trash(root, [*(each.name for each in retired), *staging])
+        binned = {name.removeprefix(_BINNED) for name in leftovers if name.startswith(_BINNED)}
+        staging = [name for name in leftovers if not name.startswith(_BINNED)]
+        binned |= retention.put_into_trash(root, [*(each.name for each in retired), *staging])
     gone = tuple(each for each in retired if not each.directory.exists())  # one was pinned at the last moment
-    for _ in retention.emptying(root):
+    count = read.Tally(progress, done.bytes + size)
+    for nbytes in retention.emptying(root, binned):  # what its leader puts there is the leader's
+        count(nbytes)
         time.sleep(1 / retention.PER_SECOND)
     return replace(done, retired=gone, bytes=done.bytes + size)
 
@@ -231,12 +242,15 @@ def _retired(
     )
 
 
-def _leftovers(root: Path, generation: Generation, over: bool) -> tuple[str, ...]:
+def _unfinished(root: Path, generation: Generation, over: bool) -> tuple[str, ...]:
     """Of a generation that may still be at work, nothing is left over; nor is what its leader is just writing."""
     stale = retention.stale(root, Generation(generation + 1) if over else generation)
-    trash = root / TRASH
-    binned = [f"{TRASH}/{path.name}" for path in trash.iterdir()] if trash.is_dir() else []
-    return (*(name for name in stale if over or not durable.is_aside(name)), *sorted(binned))
+    return tuple(name for name in stale if over or not durable.is_aside(name))
+
+
+def _binned(root: Path) -> tuple[str, ...]:
+    """What somebody has begun to delete, who may have been interrupted."""
+    return tuple(f"{_BINNED}{name}" for name in retention.in_trash(root))
 
 
 def _is_over(run: RunDirectory) -> bool:

@@ -3,7 +3,7 @@
 A checkpoint that goes is first renamed into `.trash/`, so that nobody is offered half of one, and then unlinked
 file by file with pauses: a burst of unlinks is felt by everyone on a parallel file system. The two need not be done by
 the same thread: nothing but what was put into the trash is ever unlinked. Emptying it also finishes what an earlier
-one left, so a crash costs nothing.
+one left, so a crash costs nothing; and what was pinned in the meantime comes back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from pathlib import Path
 from hpcft import durable
 from hpcft.checkpoint.layout import MARKS, TRASH, CheckpointEntry, parse_name, parse_staging, staging_name
 from hpcft.checkpoint.marks import pinned
+from hpcft.checkpoint.read import glance
 from hpcft.checkpoint.readers import excluded
+from hpcft.errors import HpcftError
 from hpcft.ids import Generation, Step
 
 PER_SECOND = 200.0
@@ -121,24 +123,25 @@ def discard(root: Path, name: str, nonce: str) -> None:
     put_into_trash(root, [staging_name(name, nonce)])
 
 
-def put_into_trash(root: Path, names: Sequence[str]) -> None:
-    """Takes them out of sight, into the trash: a few renames, however large they are.
+def put_into_trash(root: Path, names: Sequence[str]) -> frozenset[str]:
+    """Takes them out of sight, into the trash: a few renames, however large they are. Returns their names in there.
 
     Those that are not there are passed over, and unfinished ones that are locked (`readers`). One that was pinned
     meanwhile is put back (see `marks.pin`).
     """
     if not names:
-        return
+        return frozenset()
     trash = root / TRASH
     durable.make_directory(trash)
-    gone = {}
+    gone: dict[str, Path] = {}
+    unfinished = set()
     for name in names:
         if parse_name(name) is None and parse_staging(name) is None and not durable.is_aside(name):
             raise ValueError(f"{name!r} is not a checkpoint")
         if parse_name(name) is None:
             with excluded(root / name) as alone:
-                if alone:
-                    _bin(root, trash, name)
+                if alone and (binned := _bin(root, trash, name)) is not None:
+                    unfinished.add(binned.name)
         elif (binned := _bin(root, trash, name)) is not None:
             gone[name] = binned
     for name in pinned(root) & gone.keys():
@@ -148,13 +151,34 @@ def put_into_trash(root: Path, names: Sequence[str]) -> None:
         if file.rpartition(".")[0] in gone:
             with suppress(FileNotFoundError):
                 (root / MARKS / file).unlink()
+    return frozenset((*(path.name for path in gone.values()), *unfinished))
 
 
-def emptying(root: Path) -> Iterator[None]:
-    """Deletes what is in the trash, one file at each turn. Nobody but this ever looks there."""
+def emptying(root: Path, only: AbstractSet[str] | None = None) -> Iterator[int]:
+    """Deletes what is in the trash, or these of it, one file at each turn, and says how many bytes that was.
+
+    A checkpoint that is pinned is none of it: who put it there was killed before it could put it back. Now it is put
+    back, if it is whole.
+    """
     trash = root / TRASH
     for name in _listed(trash):
-        yield from _delete(trash / name)
+        if _is_wanted(root, name):
+            with suppress(OSError, HpcftError):
+                if parse_name(name) is not None and not glance(trash / name):
+                    (trash / name).rename(root / name)
+        elif only is None or name in only:
+            yield from _delete(trash / name)
+
+
+def in_trash(root: Path) -> list[str]:
+    """Names of what is to be deleted there."""
+    return [name for name in _listed(root / TRASH) if not _is_wanted(root, name)]
+
+
+def _is_wanted(root: Path, name: str) -> bool:
+    """Whether this in the trash is a pinned checkpoint, and the only one of its name."""
+    checkpoint = name.partition(".")[0]  # a second one of a name has a number
+    return checkpoint in pinned(root) and not (root / checkpoint).exists()
 
 
 def _bin(root: Path, trash: Path, name: str) -> Path | None:
@@ -171,16 +195,18 @@ def _bin(root: Path, trash: Path, name: str) -> Path | None:
     return None
 
 
-def _delete(path: Path) -> Iterator[None]:
+def _delete(path: Path) -> Iterator[int]:
     if path.is_dir() and not path.is_symlink():
         for name in _listed(path):
             yield from _delete(path / name)
         with suppress(FileNotFoundError):
             path.rmdir()
         return
+    size = 0
     with suppress(FileNotFoundError):
+        size = path.lstat().st_size
         path.unlink()
-    yield
+    yield size
 
 
 def _listed(directory: Path) -> list[str]:

@@ -11,7 +11,7 @@ from hpcft.checkpoint import marks
 from hpcft.checkpoint.layout import MARKS, CheckpointEntry, checkpoint_name, staging_name
 from hpcft.checkpoint.marks import mark_verified, pinned, verified
 from hpcft.checkpoint.read import entries, verify
-from hpcft.checkpoint.retention import best, discard, newest, retire, stale
+from hpcft.checkpoint.retention import best, discard, emptying, in_trash, newest, put_into_trash, retire, stale
 from hpcft.checkpoint.tree import flatten
 from hpcft.errors import NotFoundError
 from hpcft.ids import Generation, Step
@@ -202,6 +202,21 @@ def test_pinned_ones_stay_until_the_mark_goes_and_marks_go_with_their_checkpoint
     assert (marks.unpin(unpinned), marks.unpin(unpinned)) == (True, False)
     sweep(tmp_path, [one.name])
     assert listing(tmp_path / MARKS) == ["notes.pinned"]
+
+
+def test_a_pinned_one_comes_back_whose_retirement_was_killed_halfway(tmp_path: Path) -> None:
+    one, broken = committed(tmp_path, 1), committed(tmp_path, 2)
+    binned = put_into_trash(tmp_path, [one.name, broken.name, "step-00000009-g0001"])
+    assert binned == {one.name, broken.name}
+    (tmp_path / ".trash" / broken.name / "state.json").unlink()
+    for each in (one, broken):
+        pin(tmp_path, each.name)
+    assert in_trash(tmp_path) == []
+    assert list(emptying(tmp_path)) == [], "half of one is neither deleted nor offered"
+    assert [each.name for each in entries(tmp_path)] == [one.name] and verify(one.directory) == []
+    (tmp_path / MARKS / f"{broken.name}.pinned").unlink()
+    assert list(emptying(tmp_path, frozenset({one.name}))) == [] and in_trash(tmp_path) == [broken.name]
+    assert sum(emptying(tmp_path)) > 0 and in_trash(tmp_path) == []
 
 
 def test_pinning_is_durable_and_may_be_repeated_and_finds_out_what_is_gone(tmp_path: Path) -> None:

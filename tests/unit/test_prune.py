@@ -208,6 +208,25 @@ async def test_leftovers_of_failed_saves_and_the_trash(run: RunDirectory) -> Non
     assert len(read.entries(run.checkpoints)) == 6
 
 
+async def test_an_interrupted_one_is_gone_on_with_and_nothing_else_goes(run: RunDirectory) -> None:
+    rules = Rules(4, None, trash=False)
+    first = prune.plan(run, rules)
+    with pytest.raises(KeyboardInterrupt):
+        prune.carry_out(run, first, rules, interrupt)
+    plan = prune.plan(run, rules)
+    assert plan.leftovers == (f".trash/{name(10)}",) and plan.retired == () and not plan.empty
+    put_into_trash(run.checkpoints, [name(30)])  # as the leader does
+    told: list[tuple[int, int]] = []
+    found = prune.carry_out(run, plan, rules, lambda *each: told.append(each))
+    assert found.leftovers == plan.leftovers and found.bytes == plan.bytes
+    assert told[-1] == (plan.bytes, plan.bytes) and 0 < plan.bytes < first.bytes
+    assert listing(run.checkpoints / ".trash") == [name(30)], "of which nobody was asked"
+
+
+def interrupt(done: int, total: int) -> None:
+    raise KeyboardInterrupt
+
+
 async def test_without_a_journal_that_says_what_counts_nothing_goes(run: RunDirectory) -> None:
     await journal_of_another(run)
     with pytest.raises(DamagedError, match="knows none of them"):
