@@ -100,8 +100,8 @@ class _Saves:
     """The last one that all ranks have left out."""
     dropped: set[Step] = field(default_factory=set)
     """Given up: what a rank that was late still writes of them goes, too."""
-    attempts: dict[Step, str] = field(default_factory=dict)
-    """Nonces of those that are written once more, from memory."""
+    attempts: dict[Step, tuple[str, ...]] = field(default_factory=dict)
+    """Of those that are written once more, from memory: the nonces of the attempts after the first."""
     forgotten: Step = Step(-1)
     """Of this step and those before it only one thing is known: that they are settled."""
 
@@ -123,7 +123,11 @@ class _Saves:
         self.superseded = {each for each in self.superseded if each > self.forgotten}
 
     def nonce(self, step: Step) -> str:
-        return self.attempts.get(step, self.formation.nonce)
+        return self.nonces(step)[-1]
+
+    def nonces(self, step: Step) -> tuple[str, ...]:
+        """Of all attempts so far."""
+        return self.formation.nonce, *self.attempts.get(step, ())
 
     def name(self, step: Step) -> str:
         return checkpoint_name(step, self.formation.generation)
@@ -191,7 +195,7 @@ class Commits:
         if anew and step not in saves.settled:
             self._drop(saves, step)
         if step in saves.dropped:
-            saves.attempts[step] = secrets.token_hex(4)
+            saves.attempts[step] = (*saves.attempts.get(step, ()), secrets.token_hex(4))
             saves.settled.discard(step)
             saves.dropped.discard(step)
         return saves.nonce(step)
@@ -350,6 +354,8 @@ class Commits:
             self._discard(reports[0].name, reports[0].nonce)
             self._deliver(CheckpointFailed(step, formation.generation, error.message))
             return
+        for nonce in saves.nonces(step)[:-1]:  # what was still being written of them when they were given up
+            self._discard(done.name, nonce)
         if done.latest_failure:
             log.warning("LATEST was not rewritten: %s", done.latest_failure)
         self._parent = done.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,12 @@ from tests.cluster import Cluster, missing
 from tests.object_store import CREDENTIALS, Store
 
 why_no_cluster = functools.cache(missing)
+
+
+def pytest_configure() -> None:
+    # Whoever is started in the background by a script ignores Ctrl-C, and so would every program that a test starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -33,8 +33,8 @@ def rows(place: Path, *arguments: str, timeout: float = 120) -> dict[tuple[str, 
 def test_cases_are_chosen_by_how_they_begin(tmp_path: Path) -> None:
     found = rows(tmp_path, "blocking-2MiB-1r", "write", "--ranks", "1", "--small-tensors", "0", "--systems", "hpcft")
     assert {case for case, _ in found} == {"blocking-2MiB-1r", "write-2MiB-1r"}
-    for row in found.values():
-        assert row["median"] > 0 and row["limit"] > 0, row
+    for row in found.values():  # so small a save may take less than a busy machine makes of the step that is subtracted
+        assert row["median"] is not None and row["limit"] > 0, row
 
 
 @pytest.mark.drill

@@ -19,16 +19,18 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_samples import quick_directory
+from checkpoint_samples import NONCE, quick_directory
 from saving_node import SavingNode, carriers_of, saving_node, until
 from torch import nn
 
 from hpcft import process
+from hpcft.checkpoint.layout import checkpoint_name, staging_name
 from hpcft.checkpoint.read import read_manifest
 from hpcft.checkpoint.share import plan_share
 from hpcft.checkpoint.tree import DTYPES
 from hpcft.commits import Retention
 from hpcft.events import CheckpointCommitted, CheckpointFailed, CheckpointRef, CheckpointSkipped
+from hpcft.ids import Generation, Step
 from hpcft.worker import saving
 from hpcft.writing import TELLING_BYTES, TRIED_ANEW, Ways
 
@@ -250,6 +252,11 @@ async def test_ranks_with_one_arena_and_with_two_go_on_saving(place: Path) -> No
             await node.committed(step, await node.save(step, wait=True))
 
 
+def obstruct(node: SavingNode, step: int) -> None:
+    """Where the first attempt to write this step needs a directory, there is a file."""
+    (node.root / staging_name(checkpoint_name(Step(step), Generation(node.generation)), NONCE)).touch()
+
+
 async def test_a_copy_that_cannot_be_written_is_one_to_start_from_and_is_written_in_another_attempt(
     place: Path,
 ) -> None:
@@ -257,16 +264,15 @@ async def test_a_copy_that_cannot_be_written_is_one_to_start_from_and_is_written
     async with saving_node(place, ranks=2) as node:
         node.begin(model=model)
         await node.prepare()
-        away = node.root.with_name("away")
-        node.root.rename(away)
         for step in (1, 2, 3):
             model.change(step)
+            obstruct(node, step)
             saved = await node.save(step, wait=True)
             assert isinstance(await node.outcome(), CheckpointFailed)
             await until(lambda step=step: node.held == step)  # type: ignore[misc]
-        away.rename(node.root)
         node.persist(3)
         await node.committed(3, saved)
+        await until(lambda: not list(node.root.glob(".tmp-*")))
         assert node.left() == [3]
 
 
@@ -274,17 +280,16 @@ async def test_a_copy_that_has_changed_since_it_was_sealed_is_not_committed(plac
     async with saving_node(place) as node:
         node.begin(model=Everything())
         await node.prepare()
-        away = node.root.with_name("away")
-        node.root.rename(away)
+        obstruct(node, 1)
         await node.save(1, wait=True)
         assert isinstance(await node.outcome(), CheckpointFailed)
         await until(lambda: node.held == 1)
-        away.rename(node.root)
         with memoryview(mmap.mmap(node.snapshots._shares[0].slots[0].fd, 0)) as memory:
             memory[1000] ^= 1
         node.persist(1)
         failed = await node.outcome()
         assert isinstance(failed, CheckpointFailed) and "has changed since it was sealed" in failed.reason
+        await until(lambda: not list(node.root.glob(".tmp-*")))
         assert node.left() == []
 
 
