@@ -372,6 +372,16 @@ def missed(world: World, step: Step, *, stop: bool) -> bool:
     )
 
 
+def _in_hand(world: World, step: Step) -> bool:
+    """Whether every node has taken the step, or says that copies of it by all its ranks are being sealed or written."""
+    if world.formation is None:
+        return False
+    saving = {report.node: {save.rank for save in report.saves if save.step == step} for report in world.reports}
+    taken = world.holdings.taken.get(step, {})
+    members = world.formation.members
+    return all(each.node in taken or saving.get(each.node, set()) >= set(each.ranks()) for each in members)
+
+
 class Order(NamedTuple):
     """What all ranks are told: to save at a step, and perhaps to stop there."""
 
@@ -418,7 +428,7 @@ class Saving:
         if not stop:
             if max(newest, refused, left_out) >= step:
                 return replace(self, order=None), None  # the cadence has its next turn
-            if waited and missed(world, step, stop=False) and not (settled(step) or world.taken(step)):
+            if waited and missed(world, step, stop=False) and not (settled(step) or _in_hand(world, step)):
                 return self._told(self.ordered(world, pace, now, stop=False))
             return self, None
         late = missed(world, step, stop=True)

@@ -375,7 +375,8 @@ class Commits:
         protected = marks.pinned(self._root) | self._held() | {_name(each) for each in used if each is not None}
         damaged = self._damaged(mine)
         sound = [each for each in mine if each.name not in damaged]
-        protected |= retention.newest(sound, marks.verified(self._root)) | self._best(mine)
+        protected |= retention.newest(sound, marks.verified(self._root)) | self._best(mine, damaged)
+        damaged |= self._flawed
         keep, keep_every = self._retained.keep, self._retained.keep_every or None
         retired = (
             *retention.retire(mine, keep, keep_every, protected, damaged),
@@ -387,25 +388,34 @@ class Commits:
             self._put_into_trash(retired)
 
     def _damaged(self, entries: Sequence[CheckpointEntry]) -> frozenset[str]:
-        """Names of those of which a file is missing or has another size, or of which that cannot be said. They take no
-        sound one's place. A manifest is read once: what is committed does not change."""
-        self._sizes = {each.name: self._sizes[each.name] for each in entries if each.name in self._sizes}
-        found = {}
-        for entry in entries:
-            try:
-                if entry.name not in self._sizes:
-                    self._sizes[entry.name] = read.sizes(entry.directory, self._run)
-                if damages := read.compare_sizes(entry.directory, self._sizes[entry.name]):
-                    found[entry.name] = _first(damages)
-            except (OSError, HpcftError) as error:
-                found[entry.name] = str(error)
-        for name in found.keys() - self._flawed:
-            log.warning("%s counts as none of those that are kept: %s", name, found[name])
-        self._flawed = frozenset(found)
+        """Of the newest, those that do not count: they take no sound one's place. It is looked at no more of them than
+        are needed to find as many sound ones as are kept: there may be hundreds, of hundreds of files."""
+        names = {each.name for each in entries}
+        self._sizes = {name: sizes for name, sizes in self._sizes.items() if name in names}
+        again, self._flawed = self._flawed & names, frozenset()
+        sound = 0
+        for entry in reversed(entries):
+            if sound < self._retained.keep or entry.name in again:
+                sound += not self._is_damaged(entry, again)
         return self._flawed
 
-    def _best(self, entries: Sequence[CheckpointEntry]) -> frozenset[str]:
-        """With those of which it cannot be said at present."""
+    def _is_damaged(self, entry: CheckpointEntry, known: AbstractSet[str] = frozenset()) -> bool:
+        """Whether a file is missing or has another size, or that cannot be said. A manifest is read once: what is
+        committed does not change."""
+        try:
+            if entry.name not in self._sizes:
+                self._sizes[entry.name] = read.sizes(entry.directory, self._run)
+            damages = read.compare_sizes(entry.directory, self._sizes[entry.name])
+            reason = _first(damages) if damages else ""
+        except (OSError, HpcftError) as error:
+            reason = str(error)
+        if reason and entry.name not in known:
+            log.warning("%s counts as none of those that are kept: %s", entry.name, reason)
+        self._flawed |= {entry.name} if reason else set()
+        return bool(reason)
+
+    def _best(self, entries: Sequence[CheckpointEntry], damaged: frozenset[str]) -> frozenset[str]:
+        """With those of which it cannot be said at present; a damaged one takes no sound one's place."""
         values, unknown = self._values_of(entries)
         if self._retained.keep_best and len(entries) > self._retained.keep and not values and not self._valueless:
             self._valueless = True
@@ -413,7 +423,13 @@ class Commits:
                 "checkpoint.keep_best keeps none: no checkpoint has %s; the program has to say it, run.report(%s=…)",
                 *2 * (self._retained.best_metric,),
             )
-        return unknown | retention.best(entries, values, self._retained.keep_best, self._retained.best_mode)
+        while True:
+            sound = [each for each in entries if each.name not in damaged]
+            best = retention.best(sound, values, self._retained.keep_best, self._retained.best_mode)
+            found = {each.name for each in sound if each.name in best and self._is_damaged(each)}
+            if not found:
+                return unknown | best
+            damaged |= found
 
     def _values_of(self, entries: Sequence[CheckpointEntry]) -> tuple[dict[str, float], frozenset[str]]:
         """The metric of each that has it, by name; and the names of those that could not be read."""

@@ -92,6 +92,8 @@ class Copy:
     digests: int | None = None
     """Memory file with the digests of its chunks; None: not sealed yet."""
     work: asyncio.Task[None] | None = None
+    ahead: asyncio.Task[Any] | None = None
+    """Writes it while it is sealed."""
     writing: bool = False
     """It is being written, or was."""
     passing: asyncio.Task[None] | None = None
@@ -108,6 +110,11 @@ class Copy:
 
     def __post_init__(self) -> None:
         self.nonce = self.formation.nonce
+
+    @property
+    def progress(self) -> int:
+        """How far it is on its way to the disk: written, being written, or neither."""
+        return 2 if self.outcome is not None else int(self.writing)
 
     @property
     def files(self) -> list[int]:
@@ -186,7 +193,7 @@ class Share:
         """Give up the copy, whatever is being done with it."""
         copy, slot.copy = slot.copy, None
         if copy is not None:
-            for task in (copy.work, copy.passing):
+            for task in (copy.ahead, copy.work, copy.passing):
                 if task is not None:
                     task.cancel()
             copy.close()
@@ -216,8 +223,11 @@ class Share:
 
     def keep_only(self, origin: CheckpointRef | None) -> None:
         """Another generation begins, and starts from there."""
+        of_origin = [copy for _, copy in self.filled if copy.label.snapshot == origin]
+        # a step may have been copied twice, for a start and for a checkpoint
+        best = max(of_origin, key=lambda copy: (copy.digests is not None, copy.progress), default=None)
         for slot, copy in self.filled:
-            if copy.label.snapshot != origin:
+            if copy is not best:
                 self.empty(slot)
             elif copy.passing is not None:
                 copy.passing.cancel()

@@ -312,7 +312,7 @@ class Leader:
     def _persist(self, snapshot: CheckpointRef, members: tuple[Member, ...], handed_by: tuple[NodeId, ...]) -> None:
         """Have a state written that is in memory. Where it was ordered before, who is to write what has changed."""
         known = self._writing
-        again = known is not None and known.snapshot == snapshot
+        again = known is not None and known.snapshot == snapshot and known.handed_by != handed_by
         nonce = self._commits.attempt(snapshot, anew=again)
         self._writing = Persist(self._office.record.term, snapshot, members, handed_by, nonce)
         self._broadcast(self._writing)
@@ -577,8 +577,6 @@ class Leader:
             return
         if former.order is not None and saving.order is not None and former.order.step != saving.order.step:
             self._commits.supersede(former.order.step)
-            if not self.world.taken(former.order.step):
-                self._forget(former.order.step)
         self._broadcast(OrderSave(self._office.record.term, formation.generation, told.step, told.stop))
 
     async def _requeue(self) -> None:

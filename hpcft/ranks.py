@@ -181,7 +181,7 @@ class Ranks:
                 self._snapshots.wrote(rank.rank, Step(step))
                 self._tell_save(rank.rank, {"shard": {**about, "step": step, "report": report, **timing}})
             case {"kind": "save_failed", "step": step, "reason": reason}:
-                self._snapshots.missed(Step(step))
+                self._snapshots.missed(rank.rank, Step(step))
                 self._tell_save(rank.rank, {"save_failed": {**about, "step": step, "reason": reason}})
             case {"kind": kind}:
                 rank.last_words[str(kind)] = message

@@ -140,8 +140,9 @@ class Snapshots:
         for share, slot, copy in self._sealed(order.snapshot, wanted):
             wanted.discard(copy.label.rank)
             if copy.nonce != order.nonce:
-                if copy.work is not None:
-                    copy.work.cancel()
+                for task in (copy.ahead, copy.work):
+                    if task is not None:
+                        task.cancel()
                 copy.nonce, copy.work, copy.written, copy.outcome = order.nonce, None, 0, None
             if copy.outcome is not None:
                 self._tell(copy.label.rank, copy.outcome)
@@ -160,7 +161,7 @@ class Snapshots:
                 rank = copy.label.rank
                 if copy.label.snapshot != snapshot or copy.digests is None or rank not in ranks:
                     continue
-                if rank not in found or _progress(copy) > _progress(found[rank][2]):
+                if rank not in found or copy.progress > found[rank][2].progress:
                     found[rank] = share, slot, copy
         return list(found.values())
 
@@ -268,6 +269,7 @@ class Snapshots:
                 os.close(values)
             reason = f"a copy of {label.size} bytes in arena {at} does not fit the plan of {share.planned} bytes"
             self._tell(share.rank, {"save_failed": {**label.about, "reason": reason}})
+            self.missed(share.rank, label.step)
             return
         slot = share.slots[at]
         share.empty(slot)
@@ -282,14 +284,22 @@ class Snapshots:
         self._written.add(step)
         self._took(rank, step)
 
-    def missed(self, step: Step) -> None:
-        """Some rank could not copy or write its share of this step."""
-        if self._formation is not None and self._missed.add(step):
-            self._speak(SnapshotDropped(self._node, self._formation.generation, step))
+    def missed(self, rank: Rank, step: Step) -> None:
+        """A rank could not copy or write its share of this step. It may have another copy: a step may have two."""
+        formation = self._formation
+        if formation is None or self._sealed(CheckpointRef(step, formation.generation), {rank}):
+            return
+        if self._missed.add(step):
+            self._speak(SnapshotDropped(self._node, formation.generation, step))
 
     def _took(self, rank: Rank, step: Step) -> None:
         taken = self._taken.setdefault(step, set())
         taken.add(rank)
+        shares = [share for share in self._shares.values() if share.worker and share.rank == rank]
+        has = {copy.label.step for share in shares for _, copy in share.filled if copy.formation is self._formation}
+        for older, by in self._taken.items():
+            if older < step and rank not in by and older not in has:
+                self.missed(rank, older)  # another rank of this node waits for it in vain
         formation = self._formation
         if formation is None or len(taken) < sum(bool(share.worker) for share in self._shares.values()):
             return
@@ -316,17 +326,17 @@ class Snapshots:
         twins = [
             other for _, other in share.filled if other is not copy and other.label.snapshot == copy.label.snapshot
         ]
-        writing = None
-        if copy.label.message["durable"] and not any(map(_progress, twins)):
+        ahead = None
+        if copy.label.message["durable"] and not any(twin.progress for twin in twins):
             copy.writing = True
-            writing = asyncio.create_task(self._writing.write(share, slot, copy, len(self._shares)))
+            copy.ahead = ahead = asyncio.create_task(self._writing.write(share, slot, copy, len(self._shares)))
         try:
-            if await self._seal(share, slot, copy) and writing is not None:
-                await self._report(copy, writing)
+            if await self._seal(share, slot, copy) and ahead is not None:
+                await self._report(copy, ahead)
         finally:
-            if writing is not None:
-                writing.cancel()
-                await asyncio.gather(writing, return_exceptions=True)
+            if ahead is not None:
+                ahead.cancel()
+                await asyncio.gather(ahead, return_exceptions=True)
         copy.work = None
         share.release(slot, self._use)
 
@@ -338,7 +348,7 @@ class Snapshots:
         except JobFailed as error:
             copy.writing = False
             self._fail(copy, str(error))
-            self.missed(label.step)
+            self.missed(label.rank, label.step)
             return False
         copy.digests, copy.digest = fds[0], done["digest"]
         neighbour = copy.formation.neighbour(self._node)
@@ -426,8 +436,3 @@ class Snapshots:
     def refused(self) -> str:
         """Why a rank has fewer arenas than it should, or a guest none; empty when all have theirs."""
         return next((share.refused for share in self._shares.values() if share.refused), self._guests.refused)
-
-
-def _progress(copy: Copy) -> int:
-    """How far it is on its way to the disk."""
-    return 2 if copy.outcome is not None else 1 if copy.writing else 0

@@ -26,7 +26,7 @@ from hpcft.cadence import (
     plan,
     step_seconds,
 )
-from hpcft.events import CheckpointRef, Formation, Member, NodeReported, SnapshotTaken, WorkerReport
+from hpcft.events import CheckpointRef, Formation, Member, NodeReported, SaveReport, SnapshotTaken, WorkerReport
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step, Term
 from hpcft.units import Auto, EverySeconds, EverySteps, Never
 from hpcft.world import Budget, Incident, Phase, Save, Stretch, World, apply
@@ -249,7 +249,19 @@ def test_a_save_by_the_clock_is_repeated_only_if_a_rank_has_missed_it() -> None:
     assert scene.look(training(15), later=60.0) == [], "it is being committed, slowly"
     scene.settled.clear()
     assert scene.look(copied(training(15), 12), later=60.0) == [], "all have a copy of it: it is being written"
-    (again,) = scene.look(training(15), later=1.0)
+    nodes = training(15).formation
+    assert nodes is not None
+    reports = tuple(
+        replace(
+            reported(),
+            node=member.node,
+            saves=tuple(SaveReport(rank, Step(12), 9.0, 0, 1, 0.0) for rank in member.ranks()),
+        )
+        for member in nodes.members
+    )
+    writing = replace(training(15), reports=reports)
+    assert scene.look(writing, later=60.0) == [], "it is being sealed and written, which takes long"
+    (again,) = scene.look(replace(writing, reports=reports[:-1]), later=1.0)
     assert again[0] > 15 and not again[1]
     assert scene.look(saved(training(15), again[0])) == []
     assert scene.look(training(15), later=601.0) != [], "the next one is due"

@@ -133,6 +133,24 @@ def test_what_is_reported_again_is_committed_once(tmp_path: Path) -> None:
     assert [getattr(event, "checkpoint", event) for event in events] == [ref(100), ref(200)]
 
 
+def test_a_damaged_checkpoint_is_not_the_best(tmp_path: Path) -> None:
+    lineage = []
+    with thread(tmp_path, keep=1, best=1) as (commits, next_event):
+        commits.follow(formation(1, None))
+        for step, loss in ((100, 0.5), (200, 0.1), (300, 0.9), (400, 0.8)):
+            report(commits, tmp_path, step, 1, val_loss=loss)
+            event = next_event()
+            assert isinstance(event, CheckpointCommitted)
+            lineage.append(event.checkpoint)
+        next((tmp_path / checkpoint_name(Step(200), Generation(1))).glob("*.safetensors")).unlink()
+        commits.retain(tuple(lineage))
+        retired = next_event()
+        assert isinstance(retired, CheckpointsRetired)
+        assert ref(100) not in retired.checkpoints, "the best of those that are whole"
+        assert ref(300) in retired.checkpoints
+    assert {100, 400} <= {step for step, _ in left(tmp_path)}
+
+
 def test_what_is_in_memory_can_be_written_once_more(tmp_path: Path) -> None:
     """A state of which some file could not be written, tried again under another nonce."""
     with thread(tmp_path) as (commits, next_event):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import mmap
@@ -30,7 +31,7 @@ from hpcft.checkpoint.share import plan_share
 from hpcft.checkpoint.tree import DTYPES
 from hpcft.commits import Retention
 from hpcft.events import CheckpointCommitted, CheckpointFailed, CheckpointRef, CheckpointSkipped
-from hpcft.ids import Generation, Step
+from hpcft.ids import Generation, Rank, Step
 from hpcft.worker import saving
 from hpcft.writing import TELLING_BYTES, TRIED_ANEW, Ways
 
@@ -274,6 +275,38 @@ async def test_a_copy_that_cannot_be_written_is_one_to_start_from_and_is_written
         await node.committed(3, saved)
         await until(lambda: not list(node.root.glob(".tmp-*")))
         assert node.left() == [3]
+
+
+async def test_a_copy_that_another_rank_of_the_node_has_passed_makes_room(place: Path) -> None:
+    """One rank copied a step, and the other has not heard of it in time."""
+    model = Everything()
+    async with saving_node(place, ranks=2) as node:
+        node.begin(model=model)
+        await node.prepare()
+        await node.committed(1, await node.save(1, wait=True))
+        await asyncio.to_thread(node.workers[0].saving.copy, Step(2))
+        for step in (3, 4):
+            model.change(step)
+            await node.committed(step, await node.save(step, wait=True))
+        assert node.held == 4
+
+
+async def test_of_a_step_that_was_copied_twice_one_copy_stays(place: Path) -> None:
+    model = Everything()
+    async with saving_node(place) as node:
+        node.begin(model=model)
+        await node.prepare()
+        share = node.snapshots._shares[0]
+        await asyncio.to_thread(node.workers[0].saving.copy, Step(1))
+        await until(lambda: node.held == 1)
+        await node.committed(1, await node.save(1, wait=True))
+        assert [copy.label.step for _, copy in share.filled] == [1, 1]
+        node.snapshots.missed(Rank(0), Step(1))  # were the second one's to fail
+        await asyncio.sleep(0)
+        assert node.held == 1
+        share.keep_only(CheckpointRef(Step(1), Generation(1)))
+        ((_, left),) = share.filled
+        assert left.progress == 2
 
 
 async def test_a_copy_that_has_changed_since_it_was_sealed_is_not_committed(place: Path) -> None:
