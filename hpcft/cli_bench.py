@@ -140,6 +140,11 @@ def checkpoint_frequency_command(
         raise UsageError("--mtbf and --mtbf-of exclude each other", "leave out one of them")
     if mtbf == 0:
         raise UsageError("failures that come at once leave no time to train", "--mtbf 3h, say")
+    if steps is not None and unit == "step" and (never := [each for each in every or () if each > steps]):
+        raise UsageError(
+            f"a checkpoint every {', '.join(map(str, never))} steps does not come about in --steps {steps}",
+            f"--steps {2 * max(never)}, say, or save more often",
+        )
     directory = root.absolute() / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
     directory.mkdir(parents=True)
     try:

@@ -206,7 +206,7 @@ def _say_pinned(entry: CheckpointEntry, pinned: bool, changed: bool, as_json: bo
         print_json({"checkpoint": entry.name, "pinned": pinned, "changed": changed})
     else:
         state = "pinned" if pinned else "not pinned"
-        click.echo(f"{entry.name} is {state}" if changed else f"{entry.name} was {state} already")
+        click.echo(f"{entry.name} is {state}" if changed else f"{entry.name} is {state}, and was before")
 
 
 @ckpt_group.command("prune")

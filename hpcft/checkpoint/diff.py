@@ -93,6 +93,10 @@ class Comparison:
         return "\n".join(["A: " + self.a, "B: " + self.b, *lines])
 
 
+_MADE_BY = ("run.generation", "run.world_size")
+"""What made a state is no part of it: a run that has recovered does the same as one that has not."""
+
+
 def compare(
     a: Path,
     b: Path,
@@ -124,7 +128,8 @@ def compare(
                 equal += 1
             else:
                 differing.append(found)
-        others = tuple(values.differences({"dict": states[0]}, {"dict": states[1]}))
+        found_values = values.differences({"dict": states[0]}, {"dict": states[1]})
+        others = tuple(each for each in found_values if each.path not in _MADE_BY)
         position = {name: number for number, name in enumerate(names[0] | names[1])}
     return Comparison(str(a), str(b), equal, tuple(sorted(differing, key=lambda each: position[each.name])), others)
 

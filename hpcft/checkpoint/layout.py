@@ -112,7 +112,7 @@ class CheckpointDamagedError(DamagedError):
     def __init__(self, path: Path, *damages: Damage) -> None:
         super().__init__(
             f"{path} is damaged: {'; '.join(str(damage) for damage in damages)}",
-            "an older one takes its place, unless this one was asked for; `hpcft ckpt verify` lists every damage",
+            "a start passes over it for an older one, unless it was asked for; `hpcft ckpt verify` lists every damage",
         )
         self.path = path
         self.damages = damages

@@ -471,6 +471,7 @@ def test_how_far_it_is_is_shown(terminal: bool) -> None:
         (["--params", "2M", "--mtbf-of", "nothing"], "there is no run 'nothing'"),
         (["--params", "2M", "--set", "no.such=1"], "unknown section"),
         (["--params", "5"], "the smallest has 10000"),
+        (["--params", "1M", "--every", "5,100", "--steps", "20"], "every 100 steps does not come about"),
         (["--params", "0"], "train.parameters = 0 is no whole number above 0"),
         (["--params", "2M", "--set", "train.bogus=1"], "train.bogus is none of its settings"),
         (["--params", "2M", "--set", "train.batch_size=0"], "train.batch_size = 0"),

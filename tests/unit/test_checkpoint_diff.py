@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 
 def kept(root: Path, state: Mapping[str, object], step: int = 1, world_size: int = 3) -> Path:
-    root.mkdir(exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     return commit(root, save(root, flatten(state), step, world_size=world_size, cut_above=512), facts()).directory
 
 
@@ -90,6 +90,13 @@ def test_shapes_types_and_what_only_one_has(tmp_path: Path) -> None:
     text = found.text()
     assert "type: F32 [2] → F16 [2]" in text and "old: only in A, F32 [1]" in text and "new: only in B" in text
     assert found.values == (), "what is said of a tensor is not said again"
+
+
+def test_what_made_a_state_is_no_difference(tmp_path: Path) -> None:
+    """A run that has recovered, on other ranks perhaps, has done the same as one that has not."""
+    one, other = ({"run": {"step": 5, "seed": 1, "generation": g, "world_size": w}} for g, w in ((1, 4), (3, 2)))
+    assert compared(tmp_path / "one", one, other).equal
+    assert not compared(tmp_path / "two", one, {"run": {**other["run"], "seed": 2}}).equal
 
 
 def test_values_that_are_no_tensors(tmp_path: Path) -> None:
