@@ -191,8 +191,10 @@ def checkpoint_frequency_command(
         failed = failed or error
     if failed is not None and not results.trials:
         raise failed
+    if interrupted and not results.trials:
+        shutil.rmtree(directory, ignore_errors=True)  # there is nothing in it that anybody would look for
     if as_json:
-        print_json(report.as_dict(results))
+        print_json({"directory": str(directory) if results.trials else None, **report.as_dict(results)})
     else:
         report.show(results, Console(width=None if sys.stdout.isatty() else 200))
         for line in files:
