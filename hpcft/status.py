@@ -16,10 +16,9 @@ from typing import Any
 import orjson
 
 from hpcft.cadence import plan, step_seconds
-from hpcft.checkpoint.layout import checkpoint_name
 from hpcft.errors import UnusableError
 from hpcft.events import Formation, Member, Verdict, WorkerReport
-from hpcft.ids import Generation, Rank, Step
+from hpcft.ids import Rank
 from hpcft.policy import Rules, silence
 from hpcft.rundir import STATUS_FRESH_SECONDS, RunDirectory
 from hpcft.units import cadence_text, counted, human_duration, human_size
@@ -256,19 +255,9 @@ def read(run: RunDirectory) -> dict[str, Any]:
         return {**about, **nothing}
     except (OSError, ValueError) as error:
         raise UnusableError(f"{run.status} cannot be read: {error}", "try again in a second") from error
-    found["checkpoints"] = _still_there(run, found.get("checkpoints", []))
     ended = found.get("verdict") is not None
     live = not ended and age < STATUS_FRESH_SECONDS
     return {**about, **found, "live": live, "age_seconds": age}
-
-
-def _still_there(run: RunDirectory, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without those that a command has deleted: what a leader says it has is what it has committed."""
-    try:
-        there = {path.name for path in run.checkpoints.iterdir()}
-    except OSError:
-        return listed
-    return [each for each in listed if checkpoint_name(Step(each["step"]), Generation(each["generation"])) in there]
 
 
 def render(status: Mapping[str, Any], width: int = 100) -> str:

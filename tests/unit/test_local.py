@@ -123,7 +123,6 @@ def test_a_run_that_was_stopped_says_how_to_go_on(tmp_path: Path, from_step: int
     cancelled = Verdict(Outcome.CANCELLED, 12, "")
     ours._say_what_next(cancelled)
     assert said == [], "without a checkpoint it begins anew"
-    (run.checkpoints / "step-00000007-g0001").mkdir()
     run.status.write_bytes(orjson.dumps({"checkpoints": [{"step": 7, "generation": 1}]}))
     ours._say_what_next(cancelled)
     assert said == [f"the same command{more} goes on from the newest checkpoint"]

@@ -19,7 +19,6 @@ import pytest
 
 from hpcft import durable, status
 from hpcft.cadence import SaveRules
-from hpcft.checkpoint.layout import checkpoint_name
 from hpcft.events import (
     CheckpointCommitted,
     CheckpointFailed,
@@ -164,23 +163,12 @@ class Scene:
         """As the command would read it, after the leader wrote it; checked against the schema."""
         run = RunDirectory(directory / "demo")
         run.prepare()
-        for each in self.world.checkpoints:
-            (run.checkpoints / checkpoint_name(each.step, each.generation)).mkdir(exist_ok=True)
         durable.replace(run.status, orjson.dumps(status.snapshot(self.world, self.rules, self.now)))
         found = status.read(run)
         conforms(found)
         text = status.render(found, COLUMNS)
         assert max(map(len, text.splitlines())) <= COLUMNS
         return found, text
-
-
-def test_what_a_command_has_deleted_is_not_listed(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "demo")
-    run.prepare()
-    listed = [{"step": step, "generation": 1} for step in (10, 20)]
-    durable.replace(run.status, orjson.dumps({"checkpoints": listed}))
-    (run.checkpoints / "step-00000020-g0001").mkdir()
-    assert status.read(run)["checkpoints"] == listed[1:]
 
 
 def _life(node: NodeId) -> Incarnation:
