@@ -84,7 +84,7 @@ def _chosen(word: str, root: Path, run: str | None) -> tuple[CheckpointEntry, Ru
         if parsed is None or not path.is_dir():
             raise NotFoundError(
                 f"{word!r} is no checkpoint",
-                "name a step, a checkpoint as `hpcft ckpt ls --json` does, or its directory",
+                "name a step, a checkpoint (step-00001200-g0007), its directory, or `latest`; a run is named by --run",
             )
         return CheckpointEntry(*parsed, path.resolve()), None
     found = find(root, run)
@@ -132,21 +132,22 @@ def show_command(checkpoint: str, run: str | None, root: Path, as_json: bool, te
 
 
 @ckpt_group.command("verify")
-@with_options(run_argument, root_option, json_option)
-@click.option("--step", type=click.IntRange(min=0), metavar="STEP", help="Only the checkpoint of this step.")
-@click.option("--all", "every", is_flag=True, help="Every checkpoint, as without --step.")
-def verify_command(run: str | None, root: Path, as_json: bool, step: int | None, every: bool) -> int:
-    """Read every byte and compare digests.
+@click.argument("checkpoint", required=False, shell_complete=_complete_checkpoint)
+@with_options(_run_option, root_option, json_option)
+def verify_command(checkpoint: str | None, run: str | None, root: Path, as_json: bool) -> int:
+    """Read every byte and compare digests, of one checkpoint or of all that the run has.
 
     Exit code 16: something is damaged; the file, the place and the tensors are named. Exit code 14: something could
     not be read, and nothing else is damaged.
     """
     from hpcft import reports
 
-    if every and step is not None:
-        raise UsageError("--all and --step exclude each other", "leave out one of them")
     with meter("verifying") as progress:
-        verification = reports.verify_checkpoints(find(root, run), step, progress)
+        if checkpoint is None:
+            verification = reports.verify_run(find(root, run), progress)
+        else:
+            entry, identity = _chosen(checkpoint, root, run)
+            verification = reports.verify_checkpoints((entry,), identity, progress)
     print_json(verification.as_dict()) if as_json else click.echo(verification.text())
     return verification.exit_code
 
@@ -214,6 +215,7 @@ def _say_pinned(entry: CheckpointEntry, pinned: bool, changed: bool, as_json: bo
 @click.option("--keep", type=click.IntRange(min=1), metavar="N", help="Keep the newest N of the run's branch.")
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="N", help="And those of every N steps.")
 @click.option("--trash", is_flag=True, help="Also what failed saves have left.")
+@click.option("--quarantined", is_flag=True, help="Also what was set aside because it was damaged.")
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted, delete nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def prune_command(
@@ -223,6 +225,7 @@ def prune_command(
     keep: int | None,
     keep_every: int | None,
     trash: bool,
+    quarantined: bool,
     dry_run: bool,
     yes: bool,
 ) -> int:
@@ -233,11 +236,14 @@ def prune_command(
     """
     from hpcft import prune
 
-    if keep is None and not trash:
-        raise UsageError("it is not said what to delete", "--keep N deletes all but the newest N, --trash leftovers")
+    if keep is None and not (trash or quarantined):
+        raise UsageError(
+            "it is not said what to delete",
+            "--keep N deletes all but the newest N, --trash leftovers, --quarantined damaged ones that were set aside",
+        )
     if keep is None and keep_every is not None:
         raise UsageError("--keep-every needs --keep", "--keep 1 --keep-every N keeps the newest and those of every N")
-    found, rules = find(root, run), prune.Rules(keep, keep_every, trash)
+    found, rules = find(root, run), prune.Rules(keep, keep_every, trash, quarantined)
     plan = prune.plan(found, rules)
     if dry_run or plan.empty:
         print_json({"dry_run": dry_run, **plan.as_dict()}) if as_json else click.echo(plan.text())
@@ -254,7 +260,7 @@ def prune_command(
     if as_json:
         print_json({"dry_run": False, **done.as_dict()})
     else:
-        click.echo(f"deleted: {done.summary()}" if not done.empty else "nothing was deleted: all of it is needed now")
+        click.echo(done.text_of_done())
     return ExitCode.OK
 
 

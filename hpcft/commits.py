@@ -164,6 +164,7 @@ class Commits:
         self._valueless = False
         self._sizes: dict[str, Mapping[str, int]] = {}  # the committing thread's: each checkpoint's files
         self._flawed: frozenset[str] = frozenset()  # the committing thread's: those with files that are not all there
+        self._gone: set[str] = set()  # the committing thread's: those of the lineage that are said to have been deleted
         self._to_verify: CheckpointRef | None = None
         self._verified: CheckpointRef | None = None  # being read at present
         self._closed = threading.Event()
@@ -382,10 +383,18 @@ class Commits:
             *retention.retire(mine, keep, keep_every, protected, damaged),
             *retention.retire_abandoned(entries, live, formation.generation, keep, keep_every, protected, damaged),
         )
+        gone = [CheckpointRef(each.step, each.generation) for each in entries if each.name in retired]
+        gone += self._deleted(lineage, {each.name for each in entries} | self._gone)
+        self._gone = (self._gone & live) | set(map(_name, gone))
+        if gone:
+            self._deliver(CheckpointsRetired(tuple(gone)))
         if retired:
-            gone = tuple(CheckpointRef(each.step, each.generation) for each in entries if each.name in retired)
-            self._deliver(CheckpointsRetired(gone))
             self._put_into_trash(retired)
+
+    def _deleted(self, lineage: tuple[CheckpointRef, ...], known: AbstractSet[str]) -> list[CheckpointRef]:
+        """By an operator. A listing that another node's changes have not reached yet proves nothing."""
+        missing = [each for each in lineage if _name(each) not in known]
+        return [each for each in missing if not (self._root / _name(each)).exists()]
 
     def _damaged(self, entries: Sequence[CheckpointEntry]) -> frozenset[str]:
         """Of the newest, those that do not count: they take no sound one's place. It is looked at no more of them than

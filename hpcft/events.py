@@ -472,7 +472,7 @@ class CheckpointVerified:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointsRetired:
-    """Retention has deleted these."""
+    """Retention, or an operator, has deleted these."""
 
     checkpoints: tuple[CheckpointRef, ...]
 

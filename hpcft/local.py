@@ -182,7 +182,11 @@ class _Launcher:
     def _say_what_next(self, verdict: Verdict) -> None:
         trains = self._config.job.command is None
         if verdict.outcome is Outcome.FINISHED:
-            looks = ["status", *(["ledger"] if self._config.data.ledger else []), *(["ckpt verify"] if trains else [])]
+            looks = [
+                "status",
+                *(["ledger"] if self._config.data.ledger else []),
+                *(["ckpt verify --run"] if trains else []),
+            ]
             command, run = _own_command(), _reference(self._directory)
             self._say(f"look at it: {', '.join(f'{command} {look} {run}' for look in looks)}")
         elif verdict.outcome is Outcome.CANCELLED and trains and status.read(self._directory).get("checkpoints"):

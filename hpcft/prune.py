@@ -16,14 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 import orjson
 
 from hpcft import durable, journal, lineage, terms
 from hpcft.checkpoint import read, retention
-from hpcft.checkpoint.layout import TRASH, CheckpointDamagedError, CheckpointEntry, checkpoint_name
+from hpcft.checkpoint.layout import QUARANTINE, TRASH, CheckpointDamagedError, CheckpointEntry, checkpoint_name
 from hpcft.checkpoint.marks import pinned, verified
 from hpcft.checkpoint.readers import excluded
 from hpcft.errors import DamagedError, NotFoundError, UnusableError
@@ -33,6 +35,7 @@ from hpcft.rundir import RunDirectory, is_live
 from hpcft.units import counted, human_size
 
 _BINNED = f"{TRASH}/"
+_SET_ASIDE = f"{QUARANTINE}/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Rules:
     """And those of every so many steps."""
     trash: bool
     """Also what failed saves have left."""
+    quarantined: bool = False
+    """Also what was set aside because it was damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ class Plan:
     damaged: Mapping[str, str]
     """Names of those of the run's branch that stay and are none of those that are kept, and what is wrong with them."""
     leftovers: tuple[str, ...]
-    """Unfinished checkpoints that nobody will finish, and what is in the trash."""
+    """Unfinished checkpoints that nobody will finish, what is in the trash, and damaged ones that were set aside."""
     bytes: int
 
     @property
@@ -83,6 +88,13 @@ class Plan:
         lines += [f"{name}: damaged, does not count: {what}" for name, what in self.damaged.items()]
         lines += [f"{name}: left over, to be deleted" for name in self.leftovers]
         return "\n".join([*lines, self.summary() if not self.empty else "there is nothing to delete"])
+
+    def text_of_done(self) -> str:
+        """What to say when it has been carried out."""
+        if self.empty:
+            return "nothing was deleted: all of it is needed now"
+        names = [*(each.name for each in self.retired), *self.leftovers]
+        return "\n".join([*(f"{name}: deleted" for name in names), f"deleted: {self.summary()}"])
 
     def summary(self) -> str:
         parts = [counted(len(self.retired), "checkpoint")] if self.retired else []
@@ -133,7 +145,8 @@ def plan(run: RunDirectory, rules: Rules) -> Plan:
                 if not alone:
                     protected[entry.name] = "it is being read"
     gone = _retired(on_disk, counting, before.generation, rules, protected.keys(), damaged.keys())
-    leftovers = (*(_unfinished(root, before.generation, over) if rules.trash else ()), *_binned(root))
+    unfinished = _unfinished(root, before.generation, over) if rules.trash else ()
+    leftovers = (*unfinished, *_binned(root), *(_quarantined(root) if rules.quarantined else ()))
     chosen = tuple(each for each in on_disk if each.name in gone)
     return Plan(
         run=run.name,
@@ -212,11 +225,13 @@ def carry_out(
         retired = [each for each in retired if stack.enter_context(excluded(each.directory))]
         size = sum(_size(each.directory) for each in retired)
         binned = {name.removeprefix(_BINNED) for name in leftovers if name.startswith(_BINNED)}
-        staging = [name for name in leftovers if not name.startswith(_BINNED)]
+        staging = [name for name in leftovers if not name.startswith((_BINNED, _SET_ASIDE))]
         binned |= retention.put_into_trash(root, [*(each.name for each in retired), *staging])
     gone = tuple(each for each in retired if not each.directory.exists())  # one was pinned at the last moment
     count = read.Tally(progress, done.bytes + size)
-    for nbytes in retention.emptying(root, binned):  # what its leader puts there is the leader's
+    aside = (retention.deleting(root / name) for name in leftovers if name.startswith(_SET_ASIDE))
+    # of the trash ours alone: what its leader puts there is the leader's
+    for nbytes in chain(retention.emptying(root, binned), *aside):
         count(nbytes)
         time.sleep(1 / retention.PER_SECOND)
     return replace(done, retired=gone, bytes=done.bytes + size)
@@ -253,6 +268,11 @@ def _binned(root: Path) -> tuple[str, ...]:
     return tuple(f"{_BINNED}{name}" for name in retention.in_trash(root))
 
 
+def _quarantined(root: Path) -> tuple[str, ...]:
+    """Each with its reason beside it."""
+    return tuple(f"{_SET_ASIDE}{name}" for name in retention.listed(root / QUARANTINE))
+
+
 def _is_over(run: RunDirectory) -> bool:
     """Whether its last leader has let go: one that is only silent may come back."""
     try:
@@ -270,11 +290,13 @@ def _name(checkpoint: CheckpointRef) -> str:
 
 def _size(path: Path) -> int:
     """Bytes that deleting it would free; what goes meanwhile counts nothing."""
-    total = 0
-    for directory, _, files in os.walk(path):
-        for name in files:
-            try:
-                total += os.lstat(Path(directory, name)).st_size
-            except OSError:
-                continue
-    return total
+    inside = (Path(directory, name) for directory, _, files in os.walk(path) for name in files)
+    return sum(map(_length, inside)) or _length(path)
+
+
+def _length(file: Path) -> int:
+    try:
+        found = os.lstat(file)
+    except OSError:
+        return 0
+    return 0 if S_ISDIR(found.st_mode) else found.st_size

@@ -17,7 +17,7 @@ from hpcft import status
 from hpcft.checkpoint import marks, read, readers, values
 from hpcft.checkpoint.layout import QUARANTINE, CheckpointDamagedError, CheckpointEntry, Damage
 from hpcft.errors import ExitCode, HpcftError, NotFoundError, UnusableError
-from hpcft.ids import RunId, Step
+from hpcft.ids import RunId
 from hpcft.rundir import RunDirectory
 from hpcft.units import counted, human_duration, human_size
 
@@ -183,7 +183,8 @@ class VerifiedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    run: str
+    run: str | None
+    """Its name; None where a directory was named."""
     checkpoints: tuple[VerifiedCheckpoint, ...]
 
     @property
@@ -207,23 +208,26 @@ class Verification:
         return "\n".join(line for each in self.checkpoints for line in each.lines())
 
 
+def verify_run(run: RunDirectory, progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
+    """Reads every byte of all its checkpoints, the newest first; see `verify_checkpoints`."""
+    entries = read.entries(run.checkpoints)
+    if not entries:
+        raise NotFoundError(f"the run {run.name} has no checkpoint yet", "`hpcft status` says how far it is")
+    return replace(verify_checkpoints(entries[::-1], run.run_id(), progress), run=run.name)
+
+
 def verify_checkpoints(
-    run: RunDirectory, step: int | None, progress: Callable[[int, int], None] = lambda done, total: None
+    chosen: Sequence[CheckpointEntry],
+    identity: RunId | None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
-    """Reads every byte of all checkpoints, or of those of one step, the newest first.
+    """Reads every byte of these, which have to be of the run `identity`, if it is given.
 
     `progress` is told how many bytes have been read, and of how many.
 
     Raises:
-        NotFoundError: there is none, or none is there any more by the time that it would be read.
+        NotFoundError: none of them is there any more by the time that it would be read.
     """
-    entries = list(reversed(read.entries(run.checkpoints)))
-    if step is not None:
-        read.of_step(run.checkpoints, Step(step))  # says which there are
-    elif not entries:
-        raise NotFoundError(f"the run {run.name} has no checkpoint yet", "`hpcft status` says how far it is")
-    chosen = [entry for entry in entries if step is None or entry.step == step]
-    identity = run.run_id()
     checked = []
     gone: NotFoundError | None = None
     count = read.Tally(progress, sum(_size(entry) for entry in chosen))
@@ -240,7 +244,7 @@ def verify_checkpoints(
             checked.append(VerifiedCheckpoint(entry, (), _reason(error)))
     if gone is not None and not checked:
         raise gone
-    return Verification(run.name, tuple(checked))
+    return Verification(None, tuple(checked))
 
 
 def _size(entry: CheckpointEntry) -> int:

@@ -106,7 +106,7 @@ def stale(root: Path, current: Generation) -> tuple[str, ...]:
     What is just being restored from elsewhere is locked, and none of it.
     """
     found = []
-    for name in _listed(root):
+    for name in listed(root):
         staging = parse_staging(name)
         parsed = parse_name(staging[0]) if staging else None
         if parsed is not None and parsed[1] < current:
@@ -147,7 +147,7 @@ def put_into_trash(root: Path, names: Sequence[str]) -> frozenset[str]:
     for name in pinned(root) & gone.keys():
         gone.pop(name).rename(root / name)
     durable.sync_directory(root)
-    for file in _listed(root / MARKS):
+    for file in listed(root / MARKS):
         if file.rpartition(".")[0] in gone:
             with suppress(FileNotFoundError):
                 (root / MARKS / file).unlink()
@@ -161,18 +161,18 @@ def emptying(root: Path, only: AbstractSet[str] | None = None) -> Iterator[int]:
     back, if it is whole.
     """
     trash = root / TRASH
-    for name in _listed(trash):
+    for name in listed(trash):
         if _is_wanted(root, name):
             with suppress(OSError, HpcftError):
                 if parse_name(name) is not None and not glance(trash / name):
                     (trash / name).rename(root / name)
         elif only is None or name in only:
-            yield from _delete(trash / name)
+            yield from deleting(trash / name)
 
 
 def in_trash(root: Path) -> list[str]:
     """Names of what is to be deleted there."""
-    return [name for name in _listed(root / TRASH) if not _is_wanted(root, name)]
+    return [name for name in listed(root / TRASH) if not _is_wanted(root, name)]
 
 
 def _is_wanted(root: Path, name: str) -> bool:
@@ -195,10 +195,11 @@ def _bin(root: Path, trash: Path, name: str) -> Path | None:
     return None
 
 
-def _delete(path: Path) -> Iterator[int]:
+def deleting(path: Path) -> Iterator[int]:
+    """Deletes it, with all that is in it, one file at each turn, and says how many bytes that was."""
     if path.is_dir() and not path.is_symlink():
-        for name in _listed(path):
-            yield from _delete(path / name)
+        for name in listed(path):
+            yield from deleting(path / name)
         with suppress(FileNotFoundError):
             path.rmdir()
         return
@@ -209,7 +210,8 @@ def _delete(path: Path) -> Iterator[int]:
     yield size
 
 
-def _listed(directory: Path) -> list[str]:
+def listed(directory: Path) -> list[str]:
+    """Names of what is in it, nothing where it is not there."""
     try:
         return sorted(path.name for path in directory.iterdir())
     except FileNotFoundError:

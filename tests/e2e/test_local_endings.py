@@ -48,7 +48,7 @@ def test_time_limit_then_ctrl_c_then_a_damaged_checkpoint(tmp_path: Path, undist
         assert last["step"] == status["step"] >= saved + 4, "nothing was lost"
 
     damage(run.directory / "checkpoints" / f"step-{last['step']:08}-g{last['generation']:04}")
-    verified = command("ckpt", "verify", run.directory)
+    verified = command("ckpt", "verify", "--run", run.directory)
     assert verified.returncode == 16 and f"{last['step']}" in verified.stdout
 
     with run.start():
@@ -58,7 +58,7 @@ def test_time_limit_then_ctrl_c_then_a_damaged_checkpoint(tmp_path: Path, undist
     assert out.read_text() == undisturbed.digest
     run.assert_exact(STEPS)
     assert last["step"] not in [each["step"] for each in status["checkpoints"] if each["generation"] == 2]
-    assert command("ckpt", "verify", run.directory).returncode == 0, "the damaged one is out of the way"
+    assert command("ckpt", "verify", "--run", run.directory).returncode == 0, "the damaged one is out of the way"
 
 
 def test_a_second_ctrl_c_waits_for_nothing(tmp_path: Path) -> None:
@@ -168,4 +168,4 @@ def test_a_save_that_fails_is_an_incident_and_training_goes_on(tmp_path: Path, u
     assert last + 10 not in [each["step"] for each in status["checkpoints"]]
     assert out.read_text() == undisturbed.digest
     run.assert_exact(STEPS)
-    assert command("ckpt", "verify", run.directory).returncode == 0
+    assert command("ckpt", "verify", "--run", run.directory).returncode == 0

@@ -41,7 +41,7 @@ def test_a_lost_run_directory_comes_back(store: Store, undisturbed: Undisturbed,
         found = run.ends(0)
         assert found["restored"]["step"] in (20, 30, 40)
     assert out.read_text() == undisturbed.digest
-    assert command("ckpt", "verify", "--root", tmp_path / "runs", "run").returncode == 0
+    assert command("ckpt", "verify", "--root", tmp_path / "runs", "--run", "run").returncode == 0
 
 
 def test_lost_checkpoints_come_back_where_the_journal_is_left(

@@ -72,7 +72,7 @@ def test_a_finished_run_can_be_looked_at_and_is_exact(undisturbed: Any) -> None:
     assert json.loads(shown.stdout)["state"] == "finished"
     counted = json.loads(command("ledger", run.directory, "--json").stdout)
     assert [epoch["once"] for epoch in counted["epochs"]] == [250, 250, 250, 250, 250, 4 * 32]
-    assert command("ckpt", "verify", run.directory).returncode == 0
+    assert command("ckpt", "verify", "--run", run.directory).returncode == 0
 
 
 def test_a_finished_run_exits_at_once_and_starts_again_from_a_named_step(undisturbed: Any) -> None:
@@ -143,7 +143,7 @@ def test_what_is_only_in_memory_is_gone_on_from_and_becomes_durable(tmp_path: Pa
     durable = [each["step"] for each in status["checkpoints"]]
     assert status["saving"]["copy_blocked_seconds"] > 0
     assert durable[-1] == STEPS and set(durable) <= {*starts, STEPS}, "what was gone on from, if there was time"
-    assert command("ckpt", "verify", "--all", run.directory).returncode == 0
+    assert command("ckpt", "verify", "--run", run.directory).returncode == 0
 
 
 def test_other_ways_to_die_and_two_in_a_row(tmp_path: Path, undisturbed: Any) -> None:

@@ -358,7 +358,7 @@ def test_completion_knows_commands_options_and_runs(tmp_path: Path) -> None:
     assert completed("hpcft sta") == ["status"]
     assert completed("hpcft status --wa") == ["--watch"]
     assert sorted(completed("hpcft status ")) == ["first", "second"]
-    assert completed("hpcft ckpt verify se") == ["second"]
+    assert completed("hpcft ckpt verify --run se") == ["second"]
 
 
 def test_all_commands_are_known_to_these_tests() -> None:

@@ -110,7 +110,7 @@ def test_what_no_run_directory_should_hold_is_said_in_one_line(run: RunDirectory
     )
     shard.unlink()
     os.mkfifo(shard)
-    for line in (["verify", "--step", "300"], ["export", "300", "out", "--to", "torch"]):
+    for line in (["verify", "300"], ["export", "300", "out", "--to", "torch"]):
         done = ckpt(*line)
         assert done.returncode == 16 and "no file" in done.stdout + done.stderr
     manifest.unlink()
@@ -137,12 +137,17 @@ def test_pins_may_be_set_and_taken_twice_and_are_shown(run: RunDirectory, ckpt: 
 def test_damage_ends_verify_and_export_and_diff_with_16(run: RunDirectory, ckpt: Command, tmp_path: Path) -> None:
     shard = run.checkpoints / name(200) / "shard-00001-of-00002.safetensors"
     flip(shard)
-    found = answer(ckpt, "verify", "--all", code=16)
+    found = answer(ckpt, "verify", code=16)
     assert [each["sound"] for each in found["checkpoints"]] == [True, False, True]
     (damage,) = found["checkpoints"][1]["damages"]
     assert (damage["file"], damage["chunk"]) == (shard.name, 0) and damage["tensors"]
-    assert answer(ckpt, "verify", "--step", "300")["sound"]
-    assert ckpt("verify", "--all", "--step", "300").returncode == 2
+    assert found["run"] == "one"
+    for word in ("300", "latest", name(300), str(run.checkpoints / name(300))):
+        (other,) = answer(ckpt, "verify", word)["checkpoints"]
+        assert (other["name"], other["sound"]) == (name(300), True)
+    assert ckpt("verify", "200").returncode == 16
+    done = ckpt("verify", "one")
+    assert done.returncode == 15 and "a run is named by --run" in done.stderr
     for line in (["export", "200", "out.pt", "--to", "torch"], ["diff", "100", "200"]):
         done = ckpt(*line)
         assert (done.returncode, done.stdout) == (16, "")
@@ -189,7 +194,9 @@ def test_nothing_is_deleted_without_a_yes(run: RunDirectory, ckpt: Command, tmp_
     assert asked(tmp_path, "n\n", "ckpt", "prune", "--keep", "1") == (0, "nothing was deleted\n")
     assert len(list(run.checkpoints.glob("step-*"))) == 3
     code, said = asked(tmp_path, "y\n", "ckpt", "prune", "--keep", "1")
-    assert code == 0 and said.startswith("deleted: 2 checkpoints, ")
+    lines = said.splitlines()
+    assert code == 0 and lines[-1].startswith("deleted: 2 checkpoints, ")
+    assert lines[:-1] == [f"{name(100)}: deleted", f"{name(200)}: deleted"]
     assert [path.name for path in run.checkpoints.glob("step-*")] == [name(300)]
     assert ckpt("prune", "--keep", "1", "--yes").stdout == "there is nothing to delete\n"
 

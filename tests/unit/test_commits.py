@@ -104,6 +104,23 @@ def test_a_branch_keeps_what_it_started_from_and_the_abandoned_one_waits(tmp_pat
     assert left(tmp_path) == [(100, 1), (160, 2), (170, 2)], "what it was restored from stays"
 
 
+def test_what_an_operator_has_deleted_is_no_longer_counted(tmp_path: Path) -> None:
+    lineage = []
+    with thread(tmp_path, keep=9) as (commits, next_event):
+        commits.follow(formation(1, None))
+        for step in (100, 200, 300):
+            report(commits, tmp_path, step, 1)
+            assert isinstance(next_event(), CheckpointCommitted)
+            lineage.append(ref(step))
+        for step in (100, 200):
+            shutil.rmtree(tmp_path / checkpoint_name(Step(step), Generation(1)))
+        for _ in range(2):  # the world of the second may not have heard of it yet
+            commits.retain(tuple(lineage))
+        assert next_event() == CheckpointsRetired((ref(100), ref(200)))
+        report(commits, tmp_path, 400, 1)
+        assert isinstance(next_event(), CheckpointCommitted), "it is said once"
+
+
 def test_a_straggler_costs_nothing(tmp_path: Path) -> None:
     """It is committed for a generation that is over: the world does not count it, and nothing goes for it."""
     committed(tmp_path, 100)

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 import pytest
-from checkpoint_samples import NONCE, RUN, facts, listing, save, training_state
+from checkpoint_samples import NONCE, RUN, facts, listing, pin, save, training_state
 from checkpoint_samples import committed as commit_sample
 
 from hpcft import prune, terms
@@ -206,6 +206,22 @@ async def test_leftovers_of_failed_saves_and_the_trash(run: RunDirectory) -> Non
     assert listing(run.checkpoints / ".trash") == []
     assert not [entry for entry in listing(run.checkpoints) if entry.startswith(".tmp") or entry.endswith(".aside")]
     assert len(read.entries(run.checkpoints)) == 6
+
+
+async def test_what_was_set_aside_as_damaged_goes_when_it_is_said(run: RunDirectory) -> None:
+    for step in (10, 20):
+        read.quarantine(run.checkpoints / name(step), "a bit was flipped")
+    aside = (name(10), f"{name(10)}.reason.json", name(20), f"{name(20)}.reason.json")
+    pin(run.checkpoints, name(10))
+    assert prune.plan(run, Rules(None, None, trash=True)).leftovers == ()
+    rules = Rules(None, None, trash=False, quarantined=True)
+    plan = prune.plan(run, rules)
+    assert plan.leftovers == tuple(f".quarantine/{each}" for each in aside) and plan.bytes > 0
+    first = next(iter((run.checkpoints / ".quarantine" / name(20)).iterdir()))
+    first.unlink()  # an interrupted one leaves half of it
+    assert prune.carry_out(run, plan, rules).leftovers == plan.leftovers
+    assert listing(run.checkpoints / ".quarantine") == []
+    assert len(read.entries(run.checkpoints)) == 5, "and nothing else has gone, or come back"
 
 
 async def test_an_interrupted_one_is_gone_on_with_and_nothing_else_goes(run: RunDirectory) -> None:

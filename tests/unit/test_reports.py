@@ -18,6 +18,7 @@ from hpcft.checkpoint.layout import seal, unseal
 from hpcft.checkpoint.readers import excluded
 from hpcft.data.account import EpochReport, LedgerReport
 from hpcft.errors import ExitCode, NotFoundError
+from hpcft.ids import Step
 from hpcft.rundir import RunDirectory
 
 
@@ -89,10 +90,10 @@ def test_a_run_without_checkpoints(run: RunDirectory) -> None:
 def test_verification_names_the_damaged_file_and_its_tensors(run: RunDirectory) -> None:
     for step in (100, 200):
         committed(run.checkpoints, step)
-    assert reports.verify_checkpoints(run, None).sound
+    assert reports.verify_run(run).sound
     shard = next((run.checkpoints / "step-00000200-g0001").glob("shard-*.safetensors"))
     flip(shard, shard.stat().st_size - 1)
-    verification = reports.verify_checkpoints(run, None)
+    verification = reports.verify_run(run)
     assert not verification.sound
     newest, older = verification.as_dict()["checkpoints"]
     assert (newest["step"], newest["sound"], older["sound"]) == (200, False, True)
@@ -100,13 +101,13 @@ def test_verification_names_the_damaged_file_and_its_tensors(run: RunDirectory) 
     assert newest["damages"][0]["tensors"]
     assert "step-00000200-g0001: DAMAGED" in verification.text()
     assert "step-00000100-g0001: sound" in verification.text()
-    assert reports.verify_checkpoints(run, 100).sound
+    assert reports.verify_checkpoints([read.of_step(run.checkpoints, Step(100))], run.run_id()).sound
 
 
 def test_a_checkpoint_of_another_run_does_not_pass(run: RunDirectory) -> None:
     committed(run.checkpoints, 100)
     run.identity.write_bytes(orjson.dumps({"id": "another", "name": "run"}))
-    assert not reports.verify_checkpoints(run, None).sound
+    assert not reports.verify_run(run).sound
 
 
 def unreadable(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
@@ -140,7 +141,7 @@ def test_a_checkpoint_that_cannot_be_read_hides_no_other(run: RunDirectory, monk
     assert listing.text().splitlines()[2].endswith("?  cannot be read: manifest.json: Input/output error")
     assert listing.as_dict()["checkpoints"][1]["unreadable"] == "manifest.json: Input/output error"
 
-    verification = reports.verify_checkpoints(run, None)
+    verification = reports.verify_run(run)
     assert (verification.sound, verification.exit_code) == (False, ExitCode.UNUSABLE)
     assert verification.text().splitlines() == [
         "step-00000300-g0001: sound",
@@ -152,8 +153,8 @@ def test_a_checkpoint_that_cannot_be_read_hides_no_other(run: RunDirectory, monk
     assert entry["unreadable"] == "manifest.json: Input/output error"
 
     flip(run.checkpoints / "step-00000100-g0001" / "state.json", 40)
-    assert reports.verify_checkpoints(run, None).exit_code == ExitCode.DAMAGED
-    assert reports.verify_checkpoints(run, 300).exit_code == ExitCode.OK
+    assert reports.verify_run(run).exit_code == ExitCode.DAMAGED
+    assert reports.verify_checkpoints([read.of_step(run.checkpoints, Step(300))], None).exit_code == ExitCode.OK
 
 
 def test_what_is_damaged_beside_what_cannot_be_read_is_named(
@@ -164,7 +165,7 @@ def test_what_is_damaged_beside_what_cannot_be_read_is_named(
     flip(shards[0], shards[0].stat().st_size - 1)
     flip(shards[2], shards[2].stat().st_size - 1)
     unreadable(monkeypatch, shards[1])
-    verification = reports.verify_checkpoints(run, None)
+    verification = reports.verify_run(run)
     assert verification.exit_code == ExitCode.DAMAGED
     title, first, last, other = verification.text().splitlines()
     assert title == "step-00000100-g0001: DAMAGED"
@@ -181,7 +182,7 @@ def test_a_checkpoint_of_another_format_hides_no_other(run: RunDirectory) -> Non
     newer, known = reports.list_checkpoints(run).checkpoints
     assert newer.unreadable is not None and "has format 2, this version of hpcft reads format 1" in newer.unreadable
     assert (newer.damage, known.unreadable) == (None, None)
-    verification = reports.verify_checkpoints(run, None)
+    verification = reports.verify_run(run)
     assert verification.exit_code == ExitCode.UNUSABLE
     assert "step-00000200-g0001: cannot be read: the checkpoint has format 2" in verification.text()
     assert "step-00000100-g0001: sound" in verification.text()
@@ -194,22 +195,11 @@ def test_a_hint_that_cannot_be_read_hides_nothing(run: RunDirectory, monkeypatch
     assert (listing.latest, len(listing.checkpoints)) == (None, 1)
 
 
-def test_a_step_without_checkpoint_is_said_with_those_that_have_one(run: RunDirectory) -> None:
-    committed(run.checkpoints, 100)
-    with pytest.raises(NotFoundError) as caught:
-        reports.verify_checkpoints(run, 150)
-    assert (caught.value.message, caught.value.hint) == (
-        "run has no checkpoint of step 150",
-        "there are: 100; see `hpcft ckpt ls`",
-    )
-
-
 def test_where_nothing_could_be_read_nothing_is_called_sound(run: RunDirectory) -> None:
     committed(run.checkpoints, 100)
-    with excluded(run.checkpoints / "step-00000100-g0001"):  # as `prune` does
-        for step in (None, 100):
-            with pytest.raises(NotFoundError, match="is just being deleted"):
-                reports.verify_checkpoints(run, step)
+    directory = run.checkpoints / "step-00000100-g0001"
+    with excluded(directory), pytest.raises(NotFoundError, match="is just being deleted"):  # as `prune` does
+        reports.verify_run(run)
 
 
 def ledger(**changes: object) -> LedgerReport:
