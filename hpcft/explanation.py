@@ -46,8 +46,9 @@ from hpcft.events import (
 from hpcft.ids import Generation, NodeId, Step
 from hpcft.journal import Record
 from hpcft.rundir import RunDirectory
+from hpcft.transitions import apply
 from hpcft.units import counted, human_duration
-from hpcft.world import Incident, World, apply
+from hpcft.world import Incident, World
 
 SCHEMA = 1
 _AT_ONCE_SECONDS = 0.1

@@ -47,10 +47,12 @@ from hpcft.events import (
     Progressed,
     SnapshotDropped,
     SnapshotTaken,
+    TermBegan,
     Ticked,
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Term
-from hpcft.world import World, apply
+from hpcft.transitions import apply
+from hpcft.world import World
 
 log = logging.getLogger("hpcft.journal")
 
@@ -83,7 +85,7 @@ class Replayed:
     written: datetime | None = None
     """When the last line was written, by the clock of who wrote it."""
     branches: frozenset[str] = frozenset()
-    """Why the lineage was turned to older checkpoints, each time it was."""
+    """Why the lineage was turned to older checkpoints, each time training has gone on from there."""
 
 
 def is_journaled(event: Event) -> bool:
@@ -102,6 +104,7 @@ def replay(directory: Path, see: Callable[[float, Event], None] = lambda at, eve
     """
     world, clock, length, written = World(), 0.0, 0, None
     branches: set[str] = set()
+    branch = ""
     head: str | None = None
     for path, end in _lineage(directory):
         data = _lines(path, end)
@@ -113,8 +116,10 @@ def replay(directory: Path, see: Callable[[float, Event], None] = lambda at, eve
                 see(clock, event)
             except (ValueError, KeyError, TypeError) as error:
                 raise _damaged(path, number, error) from error
-            if isinstance(event, CheckpointsFound) and event.branch:
-                branches.add(event.branch)
+            if isinstance(event, TermBegan | CheckpointsFound):
+                branch = event.branch if isinstance(event, CheckpointsFound) else ""
+            if branch and world.turned_from is None:
+                branches.add(branch)
     return Replayed(world, clock, head, length, written, frozenset(branches))
 
 

@@ -86,7 +86,8 @@ from hpcft.renewal import Renewal
 from hpcft.rundir import RunDirectory
 from hpcft.store import Heartbeat, HeartbeatReader, StoreServer
 from hpcft.terms import TermRecord
-from hpcft.world import Phase, World, apply, takes_over
+from hpcft.transitions import apply
+from hpcft.world import Phase, World, takes_over
 
 log = logging.getLogger("hpcft.leader")
 

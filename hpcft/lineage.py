@@ -24,8 +24,8 @@ def on_disk(before: World, found: Sequence[CheckpointEntry], run: RunId) -> list
     counts, and those that it descends from.
     """
     there = {checkpoint_name(each.step, each.generation): each for each in found}
-    known = [each for each in before.checkpoints if checkpoint_name(each.step, each.generation) in there]
-    if not before.checkpoints and before.generation == Generation(0):
+    known = [each for each in before.standing if checkpoint_name(each.step, each.generation) in there]
+    if not before.standing and before.generation == Generation(0):
         return [CheckpointRef(each.step, each.generation) for each in found]
     last = max(((each.generation, each.step) for each in known), default=(Generation(0), Step(0)))
     unwritten: list[CheckpointRef] = []

@@ -3,7 +3,7 @@
 Theory of operation
 -------------------
 `decide(world, rules, now)` looks at the world as it is and returns what should happen next, with one sentence
-for the operator. It is *level-triggered*: every event has already been folded into the world by `world.apply`,
+for the operator. It is *level-triggered*: every event has already been folded into the world by `transitions.apply`,
 so the same picture always leads to the same decision, however it came about; an event that was missed, doubled
 or seen late cannot strand the run, because the next tick asks again. (Why not one rule per event:
 docs/decisions/0002-level-triggered-policy.md.)

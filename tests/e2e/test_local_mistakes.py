@@ -69,7 +69,7 @@ def test_unknown_runs_and_steps_are_named(tmp_path: Path) -> None:
         ("logs", "nothing"),
         ("ledger", "nothing"),
         ("ckpt", "ls", "nothing"),
-        ("ckpt", "verify", "nothing"),
+        ("ckpt", "verify", "--run", "nothing"),
         ("stop", "nothing"),
     ):
         shown = command(*arguments, "--root", tmp_path / "runs")
@@ -89,13 +89,16 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_not_replaced_silently(tmp_pa
     settings = {**exact(tmp_path / "digest"), "train.steps": 20}
     with LocalRun(tmp_path, settings, nodes=1).start() as run:
         run.ends(0)
-    shard = next((run.directory / "checkpoints").glob("step-00000020-*/*.safetensors"))
+    shard = next((run.directory / "checkpoints").glob("step-00000010-*/*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1
     shard.write_bytes(content)
-    with run.start("--from", "20"):
+    with run.start("--from", "10"):
         run.ends(16)
-    assert "the checkpoint of step 20 is damaged" in run.said()
+    assert "the checkpoint of step 10 is damaged" in run.said()
+    with run.start():
+        status = run.ends(0)
+    assert status["restored"]["step"] == 20, "a branch that came to nothing has changed nothing"
 
 
 def test_a_module_that_cannot_be_preloaded_is_named_and_costs_nothing(

@@ -48,7 +48,8 @@ from hpcft.journal import is_journaled
 from hpcft.leader import PLENTIFUL
 from hpcft.membership import may_lead
 from hpcft.terms import TermLease, TermRecord
-from hpcft.world import Phase, World, apply, takes_over
+from hpcft.transitions import apply
+from hpcft.world import Phase, World, takes_over
 from tests.simulation.machine import JournalFile, Shard, Signalled
 from tests.simulation.network import Connection, End
 

@@ -26,7 +26,8 @@ from hpcft.errors import UsageError
 from hpcft.membership import Timing
 from hpcft.memory import headroom
 from hpcft.policy import Rules
-from hpcft.world import World, apply
+from hpcft.transitions import apply
+from hpcft.world import World
 from tests.unit.worlds import training
 
 MIB = 1 << 20

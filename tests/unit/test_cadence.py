@@ -28,8 +28,9 @@ from hpcft.cadence import (
 )
 from hpcft.events import CheckpointRef, Formation, Member, NodeReported, SaveReport, SnapshotTaken, WorkerReport
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step, Term
+from hpcft.transitions import apply
 from hpcft.units import Auto, EverySeconds, EverySteps, Never
-from hpcft.world import Budget, Incident, Phase, Save, Stretch, World, apply
+from hpcft.world import Budget, Incident, Phase, Save, Stretch, World
 
 MEMBER = Member(NodeId("a"), Incarnation("a1"), "", 1, Rank(0))
 FORMATION = Formation(Term(1), Generation(1), (MEMBER,), None, "0")

@@ -15,6 +15,7 @@ from hpcft.checkpoint.tree import flatten
 from hpcft.errors import DamagedError, NotFoundError
 from hpcft.events import (
     CheckpointCommitted,
+    CheckpointDamaged,
     CheckpointRef,
     CheckpointsFound,
     Commit,
@@ -24,6 +25,7 @@ from hpcft.events import (
     Member,
     Propose,
     TermBegan,
+    WorkersReady,
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 from hpcft.journal import Journal, replay
@@ -198,6 +200,30 @@ async def test_a_branch_needs_its_checkpoint_only_until_it_is_applied(run: RunDi
     on_disk(run, 25, 2, 2, ref(20, 1))
     (run.checkpoints / checkpoint_name(Step(20), Generation(1))).rename(run.path / "retired")
     assert steps(found(run, "8", 1, 20).checkpoints) == [(10, 1), (25, 2)]
+
+
+async def test_a_branch_on_which_nothing_was_trained_has_changed_nothing(run: RunDirectory) -> None:
+    """What it was to start from is damaged, or the program cannot use it, or the operator has thought better of it."""
+    await finished_run(run)
+    before = found(run, "9")
+    branch = found(run, "8", 0, 20)
+    await journaled(run, 2, branch, *ran(2))
+    assert found(run, "9") == before
+    assert found(run, "8", 1, 20) == branch, "the job that asks for it still gets it"
+    damaged = CheckpointDamaged(ref(20, 1), "a bit was flipped")
+    await journaled(run, 3, branch, *ran(7), damaged)
+    (run.checkpoints / checkpoint_name(Step(20), Generation(1))).rename(run.path / "set aside")
+    assert steps(found(run, "9").checkpoints) == [(10, 1), (30, 1)]
+    with pytest.raises(NotFoundError, match="step 20"):
+        found(run, "8", 2, 20)
+
+
+async def test_a_branch_counts_from_the_moment_that_training_begins(run: RunDirectory) -> None:
+    await finished_run(run)
+    await journaled(run, 2, found(run, "8", 0, 20), *ran(2), WorkersReady(A, Generation(2), True, 100))
+    assert steps(found(run, "9").checkpoints) == [(10, 1), (20, 1)]
+    again = found(run, "8", 1, 20)
+    assert (steps(again.checkpoints), again.branch) == ([(10, 1), (20, 1)], "")
 
 
 async def test_a_branch_that_the_journal_lost_goes_on_from_its_commits(run: RunDirectory) -> None:

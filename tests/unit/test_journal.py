@@ -39,7 +39,8 @@ from hpcft.events import (
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 from hpcft.journal import MEASURED_COPIES, Journal, Replayed, is_journaled, records, replay
-from hpcft.world import LATEST_SAVES, World, apply
+from hpcft.transitions import LATEST_SAVES, apply
+from hpcft.world import World
 
 A, B = NodeId("a"), NodeId("b")
 

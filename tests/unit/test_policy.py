@@ -44,7 +44,8 @@ from hpcft.events import (
 from hpcft.ids import Generation, NodeId, Rank, Step, Term
 from hpcft.membership import Timing
 from hpcft.policy import NOTHING, Rules, assign, decide
-from hpcft.world import Budget, Node, Phase, World, apply
+from hpcft.transitions import apply
+from hpcft.world import Budget, Node, Phase, World
 from tests.search import sampled
 from tests.unit.worlds import (
     at_step,

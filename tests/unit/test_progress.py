@@ -22,7 +22,8 @@ from hpcft.events import (
 from hpcft.ids import Generation, NodeId, Rank, Step
 from hpcft.membership import Timing
 from hpcft.policy import Rules, decide
-from hpcft.world import Budget, World, apply
+from hpcft.transitions import apply
+from hpcft.world import Budget, World
 
 BUDGETS = ((Budget.INFRASTRUCTURE, 20), (Budget.USER_CODE, 5), (Budget.PREEMPTION, 100))
 

@@ -20,7 +20,8 @@ from hpcft import events as ev
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 from hpcft.membership import Timing
 from hpcft.policy import Rules, decide
-from hpcft.world import Budget, World, apply
+from hpcft.transitions import apply
+from hpcft.world import Budget, World
 
 SCENARIOS = sorted((Path(__file__).parent.parent / "scenarios").glob("*.txt"))
 TICK = 0.1

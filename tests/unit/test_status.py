@@ -50,8 +50,9 @@ from hpcft.membership import Timing
 from hpcft.mirror.plan import Progress
 from hpcft.policy import Rules, decide
 from hpcft.rundir import RunDirectory
+from hpcft.transitions import apply
 from hpcft.units import Auto
-from hpcft.world import Budget, World, apply
+from hpcft.world import Budget, World
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "docs" / "status.schema.json").read_text())

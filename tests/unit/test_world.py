@@ -31,8 +31,9 @@ from hpcft.events import (
     WorldRefused,
 )
 from hpcft.ids import Generation, Rank, Step, Term
+from hpcft.transitions import LATEST_SAVES, UNWRITTEN, budget_of
 from hpcft.wire import decode_event
-from hpcft.world import LATEST_SAVES, UNWRITTEN, Budget, Phase, Stretch, World, budget_of
+from hpcft.world import Budget, Phase, Stretch, World
 from tests.unit.worlds import (
     at_step,
     began,

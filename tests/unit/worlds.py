@@ -19,7 +19,8 @@ from hpcft.events import (
     WorkersReady,
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
-from hpcft.world import World, apply
+from hpcft.transitions import apply
+from hpcft.world import World
 
 
 def node(name: str) -> NodeId:
