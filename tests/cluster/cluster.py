@@ -176,7 +176,8 @@ class Cluster:
         spec = {
             "hostname": node_name(index),
             "keep": [str(path) for path in under_tmp],
-            "covers": {"/tmp": str(own / "tmp")},
+            # slurmd makes sockets there, whose paths have at most 107 characters: a test's own directory is too deep
+            "covers": {"/tmp": str(own / "tmp"), "/var/spool": str(own / "spool")},
             "binds": {},
             "tmpfs": {"/dev/shm": "mode=1777"},
             "commands": [

@@ -80,7 +80,7 @@ AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={directory}/munge/socket,cred_expire={size.hold}
 StateSaveLocation={directory}/state
-SlurmdSpoolDir={directory}/%n/spool
+SlurmdSpoolDir=/var/spool/slurmd
 SlurmctldPidFile={directory}/state/slurmctld.pid
 SlurmdPidFile={directory}/%n/slurmd.pid
 SlurmctldLogFile={directory}/log/slurmctld
