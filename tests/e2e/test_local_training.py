@@ -125,28 +125,30 @@ def test_workers_killed_at_any_moment_change_nothing(tmp_path: Path, undisturbed
 
 
 def test_what_is_only_in_memory_is_gone_on_from_and_becomes_durable(tmp_path: Path, undisturbed: Any) -> None:
-    """Copies after every third step, and no checkpoint but the last: also one in the midst of a copy.
+    """Copies at every third step, and no checkpoint but the last: also one in the midst of a copy.
 
-    A busy machine may leave one out; then it is the next one.
+    Where a processor is scarce a copy may be left out: then it is the next one.
     """
     out = tmp_path / "digest"
     in_a_copy = (f"2 {step} 2 kill saving" for step in range(33, STEPS, 3))
     settings = {
-        **exact(out, strikes=("1 20 1 kill", *in_a_copy), pause=0.05),
+        **exact(out, strikes=tuple(in_a_copy), pause=0.15),
         "checkpoint.every": "1000 steps",
         "checkpoint.snapshot_every": "3 steps",
         "nodes.min": 2,
     }
     with LocalRun(tmp_path, settings).start() as run:
+        run.until("a copy on all nodes", lambda found: (found.get("saving") or {}).get("held_step"))
+        os.kill(run.worker(1), signal.SIGKILL)
         status = run.ends(0)
     assert out.read_text() == undisturbed.digest
     report = run.assert_exact(STEPS)
-    starts = [each.restored_step for each in report.generations]
-    assert starts[0] == 0 and starts[1] in range(9, 20, 3) and starts[2] in range(24, STEPS, 3), "no old copy"
-    assert "from the copy of step" in status["incidents"][0]["reason"]
+    nothing, first, second = [each.restored_step for each in report.generations]
+    assert nothing == 0 < first <= second and first % 3 == second % 3 == 0
+    assert all("from the copy of step" in each["reason"] for each in status["incidents"])
     durable = [each["step"] for each in status["checkpoints"]]
     assert status["saving"]["copy_blocked_seconds"] > 0
-    assert durable[-1] == STEPS and set(durable) <= {*starts, STEPS}, "what was gone on from, if there was time"
+    assert durable[-1] == STEPS and set(durable) <= {first, second, STEPS}, "what was gone on from, if there was time"
     assert command("ckpt", "verify", "--run", run.directory).returncode == 0
 
 
