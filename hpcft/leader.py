@@ -125,7 +125,7 @@ class Office:
     record: TermRecord
     allocation: str
     nodes: tuple[NodeId, ...]
-    checkpoints: CheckpointsFound
+    checkpoints: tuple[CheckpointsFound, ...]
     end_lead: float | None
     """Seconds before the time limit at which the last save begins; None: as late as the measured ones allow."""
     leaderless: float
@@ -225,7 +225,8 @@ class Leader:
                         leaderless=office.leaderless,
                     )
                 )
-                self.feed(office.checkpoints)
+                for found in office.checkpoints:
+                    self.feed(found)
                 in_office()
                 outcome = await self._concluded
                 for task in self._running:
@@ -262,7 +263,8 @@ class Leader:
         if isinstance(event, CheckpointCommitted) and event.checkpoint in self.world.checkpoints:
             self._retention_wanted = time.monotonic()
             self._renewal.hurry()
-        if self._mirror is not None and self.world.checkpoints not in ((), before.checkpoints):
+        settled = self.world.turned_from is None
+        if self._mirror is not None and settled and self.world.checkpoints not in ((), before.checkpoints):
             newest = self.world.checkpoints[-1]
             self._mirror.follow(checkpoint_name(newest.step, newest.generation))
         self._journal.append(event, now)

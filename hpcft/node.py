@@ -253,9 +253,9 @@ async def _restore_what_is_lost(directory: RunDirectory, run: RunId, config: Con
     if there:
         return
     before = (await asyncio.to_thread(journal.replay, directory.journal)).world
-    if before.generation and not before.checkpoints:
+    if before.generation and before.saved is None:
         return  # it has trained, and has had none
-    known = {checkpoint_name(each.step, each.generation) for each in before.checkpoints}
+    known = {checkpoint_name(each.step, each.generation) for each in before.standing}
     loop = asyncio.get_running_loop()
     deposed: asyncio.Future[str] = loop.create_future()
     renewal = Renewal(
@@ -280,11 +280,11 @@ async def _restore_what_is_lost(directory: RunDirectory, run: RunId, config: Con
 
 def read_history(
     directory: RunDirectory, run: RunId, allocation: Allocation, from_step: Step | None
-) -> tuple[journal.Replayed, CheckpointsFound]:
+) -> tuple[journal.Replayed, tuple[CheckpointsFound, ...]]:
     """What earlier terms left, and the checkpoints that this one may start from. Blocks on the file system.
 
     A branch (`--from`) is applied once for each job: whether it was is told by the journal, which is also where it
-    has its effect.
+    has its effect. It follows what is left behind, which counts again if nothing is trained on the branch.
 
     Raises:
         DamagedError: generations have run and checkpoints are there, but which of them count is not known.
@@ -302,19 +302,20 @@ def read_history(
     applied = branch in replayed.branches or (
         began_at is not None and bool(lineage) and lineage[-1].generation > began_at
     )
+    found = CheckpointsFound(tuple(lineage))
     if from_step is not None and not applied:
         entry = checkpoint_read.of_step(directory.checkpoints, from_step)
         chosen = CheckpointRef(entry.step, entry.generation)
         older = tuple(each for each in lineage if each.step < chosen.step)
         directory.begin_branch(allocation.job_id, max(before.generation, *(each.generation for each in on_disk)))
-        return replayed, CheckpointsFound((*older, chosen), branch)
+        return replayed, (found, CheckpointsFound((*older, chosen), branch))
     if on_disk and not lineage:
         raise DamagedError(
             f"{directory.checkpoints} has {len(on_disk)} checkpoints, but the journal, in which {before.generation} "
             "generations have run, knows none of them: it has lost its end, or they are another branch's",
             "`hpcft ckpt ls` lists them; start with --from STEP to go on from one, or under another run.name anew",
         )
-    return replayed, CheckpointsFound(tuple(lineage))
+    return replayed, (found,)
 
 
 class _QueuedHandler(logging.handlers.QueueHandler):

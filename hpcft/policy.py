@@ -360,7 +360,7 @@ def _stop_damaged(world: World, what: str) -> Decided:
         ExitCode.DAMAGED,
         f"{what}, and the run, which had saved step {world.saved.step if world.saved else 0}, does not start from the "
         "beginning by itself: put a sound checkpoint back into checkpoints/ (what was set aside is in "
-        "checkpoints/.quarantine), or start anew under another run.name",
+        "checkpoints/.quarantine) and start with --from STEP, or start anew under another run.name",
     )
 
 

@@ -116,10 +116,9 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for directory in (self.terms, self.journal, self.verdicts, self.spool):
+            inside = (self.terms, self.journal, self.verdicts, self.spool, self.checkpoints, self.ledger)
+            for directory in (self.path, *inside, self.path / "logs"):
                 _own(directory)
-            for directory in (self.checkpoints, self.ledger, self.path / "logs"):
-                directory.mkdir(exist_ok=True)
             if not self.identity.exists():  # looked for first: on a full disk a run goes on, though none begins
                 born = {
                     "id": secrets.token_hex(8),
@@ -150,7 +149,7 @@ class RunDirectory:
 
 
 def _own(directory: Path) -> None:
-    """Make a directory in which nobody else may write: what lies there decides about the run.
+    """Make a directory in which nobody else may write: what lies there decides about the run, or is trained from.
 
     Neither a umask of 002 nor the ACLs and setgid bits of a project directory open it to the group.
     """

@@ -101,7 +101,8 @@ def apply(world: World, event: Event, now: float) -> World:
         case CheckpointsFound():
             asked = event.checkpoints[-1] if event.branch and event.checkpoints else None
             saved = event.checkpoints[-1] if event.checkpoints else world.saved
-            left = world.checkpoints if event.branch else None
+            # an empty directory may be one that is not mounted: it counts again when it is there
+            left = world.checkpoints if event.branch or not event.checkpoints else None
             found = replace(world, checkpoints=event.checkpoints, asked=asked, saved=saved, turned_from=left)
             return _turn_back(found, found.restore.step if found.restore else Step(0))
         case NodeJoined():

@@ -267,8 +267,8 @@ class World:
     checkpoints: tuple[CheckpointRef, ...] = ()
     """The lineage, oldest first."""
     turned_from: tuple[CheckpointRef, ...] | None = None
-    """The lineage before an operator's `--from`, until training from there has begun: a try that fails before that
-    has changed nothing."""
+    """The lineage before an operator's `--from`, or before none of it was found on disk, until training from there has
+    begun: a try that fails before that has changed nothing."""
     saved: CheckpointRef | None = None
     """The newest that has ever been in the lineage: with one, the run never starts from the beginning again."""
     verified: CheckpointRef | None = None

@@ -273,7 +273,7 @@ def _damages(directory: Path, manifest: Manifest, progress: Callable[[int], None
 def quarantine(directory: Path, reason: str) -> Path | None:
     """Sets a checkpoint aside, with the reason beside it; nothing is deleted. None: somebody else already has.
 
-    To take it back: move it from `.quarantine/` to where it was.
+    To take it back: move it from `.quarantine/` to where it was, and start with `--from`: the run counts it no more.
     """
     place = directory.parent / QUARANTINE
     durable.make_directory(place)

@@ -89,9 +89,16 @@ def start(job: str = "7", restarts: int = 0) -> Allocation:
     return Allocation("local", job, restarts, "a", ("a",), "127.0.0.1")
 
 
-def found(run: RunDirectory, job: str = "7", restarts: int = 0, from_step: int | None = None) -> CheckpointsFound:
+def all_found(
+    run: RunDirectory, job: str = "7", restarts: int = 0, from_step: int | None = None
+) -> tuple[CheckpointsFound, ...]:
     step = Step(from_step) if from_step is not None else None
     return read_history(run, run.run_id(), start(job, restarts), step)[1]
+
+
+def found(run: RunDirectory, job: str = "7", restarts: int = 0, from_step: int | None = None) -> CheckpointsFound:
+    """The last word on it."""
+    return all_found(run, job, restarts, from_step)[-1]
 
 
 def steps(checkpoints: Sequence[CheckpointRef]) -> list[tuple[int, int]]:
@@ -216,6 +223,25 @@ async def test_a_branch_on_which_nothing_was_trained_has_changed_nothing(run: Ru
     assert steps(found(run, "9").checkpoints) == [(10, 1), (30, 1)]
     with pytest.raises(NotFoundError, match="step 20"):
         found(run, "8", 2, 20)
+
+
+async def test_what_the_journal_missed_is_not_lost_by_a_branch_that_came_to_nothing(run: RunDirectory) -> None:
+    await finished_run(run)
+    on_disk(run, 40, 1, 1, ref(30, 1))
+    await journaled(run, 2, *all_found(run, "8", 0, 20), *ran(2))
+    assert steps(found(run, "9").checkpoints) == [(10, 1), (20, 1), (30, 1), (40, 1)]
+
+
+async def test_checkpoints_that_are_not_mounted_count_again_when_they_are(run: RunDirectory) -> None:
+    await finished_run(run)
+    before = found(run)
+    aside = run.checkpoints.rename(run.path / "aside")
+    run.checkpoints.mkdir()
+    await journaled(run, 2, *all_found(run))
+    assert found(run).checkpoints == ()
+    run.checkpoints.rmdir()
+    aside.rename(run.checkpoints)
+    assert found(run) == before
 
 
 async def test_a_branch_counts_from_the_moment_that_training_begins(run: RunDirectory) -> None:

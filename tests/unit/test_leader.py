@@ -46,7 +46,7 @@ def office(leaderless: float, nodes: int = 2) -> Office:
         record=TermRecord(Term(2), NodeId("a"), Incarnation("a2"), "10.0.0.1", 4711, "7.0"),
         allocation="7.0",
         nodes=tuple(NodeId(f"n{number}") for number in range(nodes)),
-        checkpoints=CheckpointsFound(()),
+        checkpoints=(CheckpointsFound(()),),
         end_lead=60.0,
         leaderless=leaderless,
     )

@@ -14,7 +14,7 @@ from checkpoint_samples import small_file_system
 
 from hpcft import secret
 from hpcft.errors import NotFoundError, UnusableError
-from hpcft.ids import Incarnation, NodeId, Term
+from hpcft.ids import Generation, Incarnation, NodeId, Term
 from hpcft.operators import spooled
 from hpcft.rundir import STATUS_FRESH_SECONDS, RunDirectory, find_run, is_live, runs
 from hpcft.terms import TermRecord
@@ -165,9 +165,12 @@ def test_nobody_else_can_write_where_it_is_decided_about_the_run(tmp_path: Path)
         (tmp_path / "demo").mkdir()
         run.spool.mkdir(0o775)  # made by an earlier version
         run.prepare()
+        run.begin_branch("7", Generation(1))
     finally:
         os.umask(before)
-    for directory in (run.spool, run.terms, run.journal, run.verdicts):
+    inside = [path for path in run.path.iterdir() if path.is_dir()]
+    assert {run.checkpoints, run.spool, run.terms, run.branch("7").parent} < set(inside)
+    for directory in (run.path, *inside):
         assert directory.stat().st_mode & 0o022 == 0, directory
 
 
