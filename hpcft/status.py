@@ -39,6 +39,7 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
     seconds = step_seconds(world, now)
     reported = {report.rank: report for node in world.reports for report in node.workers}
     total = world.total_steps
+    lineage = world.checkpoints if world.verdict is None else world.standing
     return {
         "schema": SCHEMA,
         "run": world.run,
@@ -74,7 +75,7 @@ def snapshot(world: World, rules: Rules, now: float) -> dict[str, Any]:
             for rank in member.ranks()
         ],
         "incidents": [incident_as_dict(incident) for incident in world.incidents],
-        "checkpoints": [{"step": each.step, "generation": each.generation} for each in world.checkpoints],
+        "checkpoints": [{"step": each.step, "generation": each.generation} for each in lineage],
         "saving": _saving(world),
         "cadence": _cadence(world, rules, now) if rules.saves else None,
         # of a plain command's steps nothing is known, and so nothing of what it lost

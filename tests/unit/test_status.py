@@ -24,12 +24,15 @@ from hpcft.events import (
     CheckpointFailed,
     CheckpointRef,
     CheckpointsFound,
+    Conclude,
+    Decided,
     Event,
     Failure,
     FailureKind,
     NodeHeard,
     NodeJoined,
     NodeReported,
+    Outcome,
     Progressed,
     RequeueAccepted,
     StreamClosed,
@@ -37,6 +40,7 @@ from hpcft.events import (
     Termination,
     TerminationAsked,
     Ticked,
+    Verdict,
     WorkerFailed,
     WorkerReport,
     WorkerReturned,
@@ -183,6 +187,18 @@ def conforms(found: object) -> None:
 
 def killed(step: int) -> Failure:
     return Failure(FailureKind.KILLED, "SIGKILL", Step(step), tail=("the last line",))
+
+
+def test_a_branch_that_came_to_nothing_has_left_nothing_behind() -> None:
+    def listed() -> list[int]:
+        return [each["step"] for each in status.snapshot(scene.world, RULES, scene.now)["checkpoints"]]
+
+    old = [CheckpointRef(Step(step), Generation(1)) for step in (10, 20, 30)]
+    scene = Scene().begin().see(CheckpointsFound(tuple(old)), CheckpointsFound(tuple(old[:2]), "--from 20 of job 42"))
+    assert listed() == [10, 20]
+    failed = Verdict(Outcome.FAILED, 16, "the checkpoint of step 20 is damaged")
+    scene.see(Decided((Conclude(failed),), "damaged"))
+    assert listed() == [10, 20, 30]
 
 
 def test_the_schema_is_one() -> None:
