@@ -20,8 +20,10 @@ process is killed; such leftovers start with a dot and end in ``.aside`` (`is_as
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -102,6 +104,23 @@ def make_directory(path: Path, mode: int = 0o755) -> bool:
         raise
     sync_directory(path.parent)
     return True
+
+
+def own_directory(path: Path) -> bool:
+    """Makes a directory in which nobody else may write; False: it is there, and somebody else's.
+
+    Neither a umask of 002 nor the ACLs and setgid bits of a project directory open it to the group. The parent must
+    exist.
+    """
+    with suppress(FileExistsError):
+        path.mkdir(0o755)
+    found = path.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    mine = found.st_uid == os.geteuid()
+    if mine and found.st_mode & 0o022:
+        path.chmod(stat.S_IMODE(found.st_mode) & ~0o022)
+    return mine
 
 
 def sync_directory(path: Path) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import secrets
-import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +116,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             inside = (self.terms, self.journal, self.verdicts, self.spool, self.checkpoints, self.ledger)
             for directory in (self.path, *inside, self.path / "logs"):
-                _own(directory)
+                durable.own_directory(directory)  # what lies there decides about the run, or is trained from
             if not self.identity.exists():  # looked for first: on a full disk a run goes on, though none begins
                 born = {
                     "id": secrets.token_hex(8),
@@ -146,18 +144,6 @@ class RunDirectory:
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UnusableError(f"{self.identity} cannot be read: {error}") from error
-
-
-def _own(directory: Path) -> None:
-    """Make a directory in which nobody else may write: what lies there decides about the run, or is trained from.
-
-    Neither a umask of 002 nor the ACLs and setgid bits of a project directory open it to the group.
-    """
-    with contextlib.suppress(FileExistsError):
-        directory.mkdir(0o755)
-    found = directory.stat()
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and found.st_mode & 0o022:
-        directory.chmod(stat.S_IMODE(found.st_mode) & ~0o022)
 
 
 def runs(root: Path) -> list[RunDirectory]:

@@ -134,8 +134,10 @@ class Blocks:
         self._failures = directory / f"failed-{token_hex(6)}"
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             for name in ("blocks", "locks", "index"):
-                (directory / name).mkdir(parents=True, exist_ok=True)
+                if not durable.own_directory(directory / name):
+                    raise OSError(errno.EPERM, f"its directory {name} belongs to another user, who could change data")
             self._failures.mkdir()
             durable.replace(self._failures / FULL, failure(directory, full))
         except OSError as error:

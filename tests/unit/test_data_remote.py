@@ -117,6 +117,20 @@ def test_ranks_and_loader_processes_share_what_was_fetched(place: Place, store: 
     assert store.log.read_text().count(f"GET /{bucket}/data/a.jsonl") == 3  # 9 MB
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a directory away")
+def test_a_cache_that_another_user_could_write_to_is_none(place: Place, tmp_path: Path) -> None:
+    blocks_of_another = tmp_path / "cache" / "blocks"
+    blocks_of_another.mkdir(parents=True)
+    os.chown(blocks_of_another, 12345, -1)
+    with pytest.raises(UsageError, match="its directory blocks belongs to another user"):
+        blocks.Blocks(place, [], tmp_path / "cache", 1 << 28)
+    os.chown(blocks_of_another, 0, -1)
+    blocks_of_another.chmod(0o777)
+    blocks.Blocks(place, [], tmp_path / "cache", 1 << 28).close()
+    assert blocks_of_another.stat().st_mode & 0o022 == 0
+    assert not list((tmp_path / "cache").glob("failed-*"))
+
+
 def test_the_cache_stays_below_its_limit(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "LEAST_BLOCKS", 1)
     stored(place, tmp_path, a=records(0, 240, 100_000))
