@@ -32,7 +32,7 @@ def reading(directory: Path) -> Iterator[None]:
             raise NotFoundError(f"{directory.name} is just being deleted", "`hpcft ckpt ls` lists the others")
         yield
     finally:
-        os.close(fd)
+        _release(fd)
 
 
 @contextmanager
@@ -46,7 +46,15 @@ def excluded(directory: Path) -> Iterator[bool]:
     try:
         yield _lock(fd, fcntl.LOCK_EX)
     finally:
-        os.close(fd)
+        _release(fd)
+
+
+def _release(fd: int) -> None:
+    """A process that is just being started has a copy of the descriptor until it is another program: closing ours alone
+    would leave the lock to it for that long."""
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
 
 
 def _lock(fd: int, kind: int) -> bool:

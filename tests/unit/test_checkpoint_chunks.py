@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from itertools import pairwise, product
 from pathlib import Path
@@ -174,3 +175,22 @@ def test_who_reads_is_not_disturbed_and_who_deletes_is_not_joined(tmp_path: Path
         assert alone
         with pytest.raises(NotFoundError, match="just being deleted"), opened(done.directory):
             pass
+
+
+def test_a_lock_ends_with_its_block_though_a_process_is_being_started(tmp_path: Path) -> None:
+    """Between fork and exec it has a copy of the descriptor."""
+    read, write = os.pipe()
+    with excluded(tmp_path) as alone:
+        assert alone
+        child = os.fork()
+        if child == 0:
+            os.read(read, 1)
+            os._exit(0)
+    try:
+        with excluded(tmp_path) as alone:
+            assert alone
+    finally:
+        os.write(write, b"x")
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
