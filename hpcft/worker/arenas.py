@@ -225,9 +225,12 @@ class Arenas:
             raise
 
     def guard(self) -> None:
-        """Before parameters change: the device waits for the copies of them that are on their way."""
+        """Before parameters change: the device waits for the copies of them that are on their way.
+
+        Each time, until they are there: the next optimizer may step on another stream.
+        """
         for flight in self._flights:
-            if self._side is not None and not flight.guarded:
+            if self._side is not None and not flight.over:
                 self._side.hold_back(flight.copied)
                 flight.guard()
 

@@ -69,9 +69,9 @@ class SideStream:
 class Flight:
     """A copy that is on its way.
 
-    Its sources may change once `guard` was called, because the device then waits (`SideStream.hold_back`). What has
-    changed before that, or before the copy was there, may be in it in part: it is none. Tensors count the changes that
-    are made in place (but for those through `.data`), and that is where it shows.
+    Its sources may change once `guard` was called, on a stream that waits for it (`SideStream.hold_back`: each stream
+    for itself). What has changed before that, or before the copy was there, may be in it in part: it is none. Tensors
+    count the changes that are made in place (but for those through `.data`), and that is where it shows.
     """
 
     def __init__(
@@ -99,15 +99,14 @@ class Flight:
         self._thread.start()
 
     @property
-    def guarded(self) -> bool:
-        return self._guarded
-
-    @property
     def over(self) -> bool:
         return not self._thread.is_alive()
 
     def guard(self) -> None:
-        """What changes from now on is not in the copy any more."""
+        """What changes after this is not in the copy any more; on return the changes before it are counted.
+
+        Only the first time: later ones are those of steps that were held back.
+        """
         with self._lock:
             if not self._guarded:
                 self._guarded = True

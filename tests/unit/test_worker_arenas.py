@@ -29,8 +29,9 @@ from hpcft.checkpoint.share import content, plan_share, words_of
 from hpcft.checkpoint.tree import FlatState, flatten
 from hpcft.ids import Generation, Rank, Step
 from hpcft.page import NodePage
+from hpcft.worker import device
 from hpcft.worker.arenas import Arenas, NoArenas
-from hpcft.worker.device import SideStream
+from hpcft.worker.device import SideStream, changes_of
 from hpcft.worker.link import Link
 from hpcft.worker.run import Run
 from hpcft.worker.saving import Saving, named
@@ -156,6 +157,9 @@ class Postponed(SideStream):
         super().__init__(CPU)
         self.on_its_way: list[tuple[Event, list[tuple[Tensor, Tensor]]]] = []
         self.held_back: list[Event] = []
+        self.stream = "first"
+        """The program's current one."""
+        self.waiting: set[tuple[str, Event]] = set()
 
     def start(self, first: Iterable[tuple[Tensor, Tensor]], beside: Iterable[tuple[Tensor, Tensor]]) -> Any:
         for place, source in first:
@@ -165,6 +169,7 @@ class Postponed(SideStream):
 
     def hold_back(self, copied: Any) -> None:
         self.held_back.append(copied)
+        self.waiting.add((self.stream, copied))
 
     def arrive(self) -> None:
         copied, pairs = self.on_its_way.pop(0)
@@ -297,6 +302,51 @@ def test_what_changes_while_it_is_copied_is_no_copy(agent: Agent) -> None:
     assert agent.hear() == ["reserve", "save_failed", "snapshot"]
     assert agent.said[1]["step"] == 1 and "model.weight was changed outside" in agent.said[1]["reason"]
     assert agent.said[2]["step"] == 2
+
+
+def test_an_optimizer_on_another_stream_is_held_back_too(agent: Agent) -> None:
+    arenas = Arenas(agent.link, CPU)
+    side = postponed(arenas)
+    one, two = torch.ones(8), torch.ones(8)
+    flat = prepared(arenas, agent, {"one": one, "two": two})
+    copied(arenas, flat, 1, ("one", "two"))
+    event = side.on_its_way[0][0]
+    for side.stream, weight in (("first", one), ("second", two)):
+        arenas.guard()
+        assert (side.stream, event) in side.waiting
+        weight.add_(1.0)  # of a step: it is not reported as a change outside one
+    side.arrive()
+    arenas.finish()
+    side.waiting.clear()
+    arenas.guard()
+    assert not side.waiting  # the copy is there
+    assert agent.hear() == ["reserve", "snapshot"]
+
+
+def test_a_step_begins_when_the_changes_before_it_are_counted(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy has just come, and its thread is reading the counters: the step's change must not be one of them."""
+    arenas = Arenas(agent.link, CPU)
+    side = postponed(arenas)
+    weight = torch.ones(8)
+    flat = prepared(arenas, agent, {"weight": weight})
+    copied(arenas, flat, 1, ("weight",))
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(tensor: Tensor) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            reading.set()
+            go_on.wait(60)
+        return changes_of(tensor)
+
+    monkeypatch.setattr(device, "changes_of", slow)
+    side.arrive()
+    assert reading.wait(60)
+    meanwhile(go_on.set)
+    arenas.guard()
+    weight.add_(1.0)
+    go_on.set()
+    arenas.finish()
+    assert agent.hear() == ["reserve", "snapshot"]
 
 
 def test_without_a_step_what_has_changed_until_it_is_there_counts(agent: Agent) -> None:
