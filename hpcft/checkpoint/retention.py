@@ -3,7 +3,8 @@
 A checkpoint that goes is first renamed into `.trash/`, so that nobody is offered half of one, and then unlinked
 file by file with pauses: a burst of unlinks is felt by everyone on a parallel file system. The two need not be done by
 the same thread: nothing but what was put into the trash is ever unlinked. Emptying it also finishes what an earlier
-one left, so a crash costs nothing; and what was pinned in the meantime comes back.
+one left, so a crash costs nothing; and what was pinned in the meantime comes back. Only whole ones do: what is
+unlinked has been renamed once more before (`_take`), and of two threads one rename or the other succeeds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 
 from hpcft import durable
 from hpcft.checkpoint.layout import MARKS, TRASH, CheckpointEntry, parse_name, parse_staging, staging_name
@@ -23,6 +25,8 @@ from hpcft.ids import Generation, Step
 
 PER_SECOND = 200.0
 """Files unlinked, by whoever empties the trash."""
+_GOING = ".going"
+"""Ends the name of what is being unlinked."""
 
 
 def retire(
@@ -127,7 +131,7 @@ def put_into_trash(root: Path, names: Sequence[str]) -> frozenset[str]:
     """Takes them out of sight, into the trash: a few renames, however large they are. Returns their names in there.
 
     Those that are not there are passed over, and unfinished ones that are locked (`readers`). One that was pinned
-    meanwhile is put back (see `marks.pin`).
+    meanwhile is put back (see `marks.pin`), unless somebody has begun to delete it by then.
     """
     if not names:
         return frozenset()
@@ -145,7 +149,9 @@ def put_into_trash(root: Path, names: Sequence[str]) -> frozenset[str]:
         elif (binned := _bin(root, trash, name)) is not None:
             gone[name] = binned
     for name in pinned(root) & gone.keys():
-        gone.pop(name).rename(root / name)
+        with suppress(FileNotFoundError):
+            gone[name].rename(root / name)
+            del gone[name]
     durable.sync_directory(root)
     for file in listed(root / MARKS):
         if file.rpartition(".")[0] in gone:
@@ -166,8 +172,8 @@ def emptying(root: Path, only: AbstractSet[str] | None = None) -> Iterator[int]:
             with suppress(OSError, HpcftError):
                 if parse_name(name) is not None and not glance(trash / name):
                     (trash / name).rename(root / name)
-        elif only is None or name in only:
-            yield from deleting(trash / name)
+        elif (only is None or name in only) and (taken := _take(trash, name)) is not None:
+            yield from deleting(taken)
 
 
 def in_trash(root: Path) -> list[str]:
@@ -179,6 +185,16 @@ def _is_wanted(root: Path, name: str) -> bool:
     """Whether this in the trash is a pinned checkpoint, and the only one of its name."""
     checkpoint = name.partition(".")[0]  # a second one of a name has a number
     return checkpoint in pinned(root) and not (root / checkpoint).exists()
+
+
+def _take(trash: Path, name: str) -> Path | None:
+    """What may be unlinked from now on: nobody finds it by its name and puts it back. None: it is gone already."""
+    if name.endswith(_GOING):
+        return trash / name
+    taken = trash / f"{name}.{token_hex(4)}{_GOING}"
+    with suppress(FileNotFoundError):
+        return (trash / name).rename(taken)
+    return None
 
 
 def _bin(root: Path, trash: Path, name: str) -> Path | None:

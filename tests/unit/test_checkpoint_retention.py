@@ -7,7 +7,7 @@ from checkpoint_samples import NONCE, committed, listing, pin, save, sweep, trai
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcft.checkpoint import marks
+from hpcft.checkpoint import marks, retention
 from hpcft.checkpoint.layout import MARKS, CheckpointEntry, checkpoint_name, staging_name
 from hpcft.checkpoint.marks import mark_verified, pinned, verified
 from hpcft.checkpoint.read import entries, verify
@@ -217,6 +217,56 @@ def test_a_pinned_one_comes_back_whose_retirement_was_killed_halfway(tmp_path: P
     (tmp_path / MARKS / f"{broken.name}.pinned").unlink()
     assert list(emptying(tmp_path, frozenset({one.name}))) == [] and in_trash(tmp_path) == [broken.name]
     assert sum(emptying(tmp_path)) > 0 and in_trash(tmp_path) == []
+
+
+def test_one_that_is_pinned_when_its_first_files_are_deleted_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread empties the trash between the rename into it and the look at the marks."""
+    done = committed(tmp_path, 1)
+    (one,) = entries(tmp_path)
+    trash = emptying(tmp_path)
+
+    def meanwhile(root: Path) -> frozenset[str]:
+        monkeypatch.setattr(retention, "pinned", pinned)
+        assert next(trash) > 0
+        pin(root, done.name)
+        return pinned(root)
+
+    monkeypatch.setattr(retention, "pinned", meanwhile)
+    put_into_trash(tmp_path, [done.name])
+    assert entries(tmp_path) == []
+    with pytest.raises(NotFoundError, match="has just been retired"):
+        marks.pin(one)
+    assert pinned(tmp_path) == frozenset()
+    assert sum(trash) > 0 and listing(tmp_path / ".trash") == []
+
+
+def test_one_that_was_put_back_is_not_deleted_by_who_was_about_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = committed(tmp_path, 1)
+    put_into_trash(tmp_path, [done.name])
+
+    def late(root: Path) -> frozenset[str]:
+        """The marks are made, and the checkpoint is put back, when they have been looked at."""
+        monkeypatch.setattr(retention, "pinned", pinned)
+        pin(root, done.name)
+        assert list(emptying(root)) == []
+        return frozenset()
+
+    monkeypatch.setattr(retention, "pinned", late)
+    assert list(emptying(tmp_path)) == []
+    assert verify(done.directory) == []
+
+
+def test_a_deletion_that_was_interrupted_is_finished(tmp_path: Path) -> None:
+    done = committed(tmp_path, 1)
+    put_into_trash(tmp_path, [done.name])
+    assert next(emptying(tmp_path)) > 0
+    (left,) = in_trash(tmp_path)
+    assert sum(emptying(tmp_path, frozenset({left}))) > 0
+    assert listing(tmp_path / ".trash") == []
 
 
 def test_pinning_is_durable_and_may_be_repeated_and_finds_out_what_is_gone(tmp_path: Path) -> None:

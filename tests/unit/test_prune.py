@@ -230,7 +230,8 @@ async def test_an_interrupted_one_is_gone_on_with_and_nothing_else_goes(run: Run
     with pytest.raises(KeyboardInterrupt):
         prune.carry_out(run, first, rules, interrupt)
     plan = prune.plan(run, rules)
-    assert plan.leftovers == (f".trash/{name(10)}",) and plan.retired == () and not plan.empty
+    (left,) = plan.leftovers
+    assert left.startswith(f".trash/{name(10)}.") and plan.retired == () and not plan.empty
     put_into_trash(run.checkpoints, [name(30)])  # as the leader does
     told: list[tuple[int, int]] = []
     found = prune.carry_out(run, plan, rules, lambda *each: told.append(each))
