@@ -7,6 +7,7 @@ them takes a second per GiB, and their memory is charged to the cgroup that the 
 send copies to a neighbour, and receive them (see `transfer`).
 
     agent -> carrier   {"do": "reserve", "size", "count"}
+                       {"do": "unmap"} + [arena]
                        {"do": "seal", "size"} + [arena]
                        {"do": "write", "root", "name", "nonce", "direct", "bandwidth", "position", "versions",
                             "metrics", "ledger"}
@@ -30,7 +31,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class Carrier:
                 match job["do"]:
                     case "reserve":
                         self._reserve(job["size"], job["count"])
+                    case "unmap":
+                        self._unmap(fds[0])
                     case "seal":
                         self._seal(fds[0], job["size"])
                     case "write":
@@ -102,9 +105,21 @@ class Carrier:
         for arena in self._arenas.values():
             arena.close()
         self._arenas.clear()
-        made = [Arena.reserve(size, partial(self._made, number * size)) for number in range(count)]
+        made = []
+        with ExitStack() as failed:
+            for number in range(count):
+                arena = Arena.reserve(size, partial(self._made, number * size))
+                failed.callback(arena.close)
+                made.append(arena)
+            failed.pop_all()
         self._arenas = {_identity(arena.fd): arena for arena in made}
         self._say({"done": {}}, [arena.fd for arena in made])
+
+    def _unmap(self, fd: int) -> None:
+        """Nobody wants it: as long as it is mapped here, its memory is not free."""
+        if (arena := self._arenas.pop(_identity(fd), None)) is not None:
+            arena.close()
+        self._say({"done": {}})
 
     def _made(self, before: int, of_this: int) -> None:
         self._say({"written": before + of_this})

@@ -11,10 +11,11 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from hpcft.carriers import Carrier
+from hpcft.carriers import Carrier, JobFailed
 from hpcft.events import CheckpointRef, Event, Formation
 from hpcft.ids import Generation, Rank, Step
 from hpcft.memory import headroom
@@ -147,6 +148,8 @@ class Share:
     """For what goes to the neighbour."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One after another: what goes to the neighbour, or comes."""
+    completing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One after another: those who have arenas made that were refused."""
     worker: str = ""
     size: int = 0
     """Of an arena."""
@@ -315,3 +318,11 @@ class Memory:
         finally:
             self._making.remove(making)
         return fds
+
+    async def give_back(self, carrier: Carrier, fd: int) -> None:
+        """An arena that the carrier has just made is of no use: neither it nor this process keeps its memory."""
+        try:
+            with suppress(JobFailed):  # then it keeps nothing
+                await carrier.carry({"do": "unmap"}, [fd])
+        finally:
+            os.close(fd)

@@ -237,6 +237,10 @@ class Snapshots:
 
     async def _complete(self, share: Share) -> None:
         """There may be memory by now for arenas that were refused."""
+        async with share.completing:
+            await self._add_slots(share)
+
+    async def _add_slots(self, share: Share) -> None:
         worker, planned, size = share.worker, share.planned, share.size or share.planned
         while (count := len(share.slots)) < self._settings.slots:
             left, where = self._memory.left()
@@ -250,7 +254,7 @@ class Snapshots:
                 return
             now = share.worker, share.planned, len(share.slots)
             if now != (worker, planned, count) or share.size not in (0, size):  # other workers, or another question
-                os.close(fd)
+                await self._memory.give_back(share.memory, fd)
                 return
             share.slots.append(Slot(fd))
             share.size = size
@@ -400,7 +404,8 @@ class Snapshots:
             share.give_up(self._use)
         self._guests.give_up()
         for share in self._shares.values():
-            if share.worker and share.plan is not None and len(share.slots) < self._settings.slots:
+            wanting = share.worker and share.plan is not None and len(share.slots) < self._settings.slots
+            if wanting and not share.completing.locked():
                 self._run(self._complete(share), f"complete-{share.rank}")
 
     def _freed(self, share: Share, slot: Slot) -> None:

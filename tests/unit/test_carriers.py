@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,10 @@ def pid_of(carrier: Carrier) -> int:
     process = carrier._process
     assert process is not None
     return process.pid
+
+
+def descriptors_of(carrier: Carrier) -> int:
+    return len(list(Path(f"/proc/{pid_of(carrier)}/fd").iterdir()))
 
 
 async def test_what_slurm_says_to_all_processes_of_a_job_ends_no_carrier() -> None:
@@ -80,6 +86,18 @@ async def test_how_much_has_been_made_is_told_on_the_way() -> None:
     assert told == [64 << 20, 65 << 20, 129 << 20, 130 << 20]
     for fd in fds:
         os.close(fd)
+    carrier.leave_behind()
+
+
+async def test_arenas_for_which_there_was_only_half_the_memory_are_given_back() -> None:
+    carrier = Carrier()
+    assert await carrier.carry({"do": "digest"}) == ({"digests": []}, [])
+    before = descriptors_of(carrier)
+    limit = (before + 2, before + 2)  # for one more than it has by then; a mapping has one of its own
+    resource.prlimit(pid_of(carrier), resource.RLIMIT_NOFILE, limit)
+    with pytest.raises(JobFailed, match="Too many open files"):
+        await carrier.carry({"do": "reserve", "size": 8192, "count": 9})
+    assert descriptors_of(carrier) == before
     carrier.leave_behind()
 
 

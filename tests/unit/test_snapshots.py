@@ -253,6 +253,41 @@ async def test_ranks_with_one_arena_and_with_two_go_on_saving(place: Path) -> No
             await node.committed(step, await node.save(step, wait=True))
 
 
+def arenas_of(pid: int) -> set[int]:
+    """Inodes of the arenas whose memory a process keeps."""
+    found = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        if str(path.readlink()).startswith("/memfd:hpcft-arena"):
+            found.add(path.stat().st_ino)
+    return found
+
+
+@pytest.mark.parametrize("meanwhile", ["other orders", "another generation"])
+async def test_no_process_keeps_an_arena_that_was_made_too_many(place: Path, meanwhile: str) -> None:
+    model = nn.Linear(100, 100)
+    async with saving_node(place, memory=60_000) as node:
+        node.begin(model=model)
+        await node.prepare()
+        (share,) = node.snapshots._shares.values()
+        assert len(share.slots) == 1
+        node.snapshots._memory._limit = 1 << 30  # others have left
+        making = share.memory._process
+        assert making is not None
+        os.kill(making.pid, signal.SIGSTOP)
+        for step in (1, 2, 3):
+            node.snapshots.keep(Generation(1), Step(step))
+            await asyncio.sleep(0)  # each is a message of its own
+        if meanwhile == "another generation":
+            node.begin(model=model)
+        os.kill(making.pid, signal.SIGCONT)
+        await until(lambda: not node._tasks)
+        known = {os.fstat(slot.fd).st_ino for slot in share.slots}
+        assert len(known) == (2 if meanwhile == "other orders" else 1)
+        assert share.memory._process is making and arenas_of(making.pid) <= known
+        if meanwhile == "other orders":
+            assert arenas_of(making.pid), "it has the one that is used"
+
+
 def obstruct(node: SavingNode, step: int) -> None:
     """Where the first attempt to write this step needs a directory, there is a file."""
     (node.root / staging_name(checkpoint_name(Step(step), Generation(node.generation)), NONCE)).touch()
