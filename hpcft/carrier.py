@@ -30,7 +30,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -41,13 +41,12 @@ import orjson
 from hpcft import durable, transfer
 from hpcft.checkpoint.arena import Arena, content_of, memory_file
 from hpcft.checkpoint.manifest import parse_metrics
-from hpcft.checkpoint.write import Plan, Words, write_share
+from hpcft.checkpoint.write import Plan, Words, paced, write_share
 from hpcft.errors import HpcftError
 from hpcft.process import CARRIER_NAME, die_with_parent, take_name
 from hpcft.tcp import listen
 
 _PACKET = 1 << 17
-_PROGRESS_SECONDS = 0.2
 _NICENESS = 5
 """Training goes first, where there is no core to spare."""
 
@@ -175,8 +174,8 @@ class Carrier:
         done: dict[str, Any] = {}
 
         def store(path: Path) -> durable.Written:
-            pacing = self._pacing(job["bandwidth"])
-            written = durable.write_image(path, image, direct=job["direct"], before=pacing)
+            before = paced(job["bandwidth"], self._told)
+            written = durable.write_image(path, image, direct=job["direct"], before=before)
             done.update(direct=written.direct, digest=durable.digest_of_chunks(written.digests))
             return written
 
@@ -192,23 +191,8 @@ class Carrier:
             self._arenas[_identity(fd)] = known
         return known
 
-    def _pacing(self, bandwidth: float | None) -> Callable[[int], None]:
-        """What is called ahead of each chunk: tells how far it is, and keeps to a limit (bytes per second)."""
-        began = told = time.monotonic()
-
-        def before(written: int) -> None:
-            nonlocal told
-            due = began if bandwidth is None else began + written / bandwidth
-            while True:
-                now = time.monotonic()
-                if now >= told + _PROGRESS_SECONDS:
-                    told = now
-                    self._say({"written": written})
-                if now >= due:
-                    return
-                time.sleep(min(due - now, _PROGRESS_SECONDS))
-
-        return before
+    def _told(self, written: int) -> None:
+        self._say({"written": written})
 
     def _say(self, message: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
         socket.send_fds(self._channel, [orjson.dumps(message)], fds)

@@ -145,23 +145,28 @@ def forget_cached(directory: Path) -> None:
             os.close(fd)
 
 
-def write_file(path: Path, chunks: Iterable[Buffer], mode: int = 0o644) -> Written:
+Before: TypeAlias = Callable[[int], None]
+"""Called ahead of each part of a large file, and of its fsync, with the bytes written so far; may take its time."""
+
+
+def write_file(
+    path: Path, chunks: Iterable[Buffer], mode: int = 0o644, *, before: Before = lambda written: None
+) -> Written:
     """Writes a new, large file and makes its bytes durable; its name is with the next `sync_directory`.
 
     `chunks` may be of any length and are not copied, except small ones. FileExistsError: never written over.
     After any other failure the file is removed, which also gives back the room it took on a full disk.
     """
-    return _write_new(path, mode, lambda fd: _write_digested(fd, chunks))
+    return _write_new(path, mode, lambda fd: _write_digested(fd, chunks, before))
 
 
 def write_image(
-    path: Path, image: memoryview, *, direct: bool = False, before: Callable[[int], None] = lambda written: None
+    path: Path, image: memoryview, *, direct: bool = False, before: Before = lambda written: None
 ) -> Written:
     """`write_file` for bytes that lie in memory as one: the digest of a chunk is taken while the one before is written.
 
     `direct` goes around the page cache (O_DIRECT; `image` has to begin at a page), where the file system lets it. What
     it does not take in this way, it gets in the other one.
-    `before` is called ahead of each chunk, and of the fsync, with the bytes written so far; it may take its time.
     """
     return _write_new(path, 0o644, lambda fd: _write_image(fd, image, direct, before))
 
@@ -244,7 +249,7 @@ def _write_new(path: Path, mode: int, write: Callable[[int], T]) -> T:
     return written
 
 
-def _write_image(fd: int, image: memoryview, direct: bool, before: Callable[[int], None]) -> Written:
+def _write_image(fd: int, image: memoryview, direct: bool, before: Before) -> Written:
     direct = passed = direct and _go_direct(fd, True)
 
     def put(part: memoryview) -> None:
@@ -287,7 +292,7 @@ def _go_direct(fd: int, direct: bool) -> bool:
     return direct
 
 
-def _write_digested(fd: int, chunks: Iterable[Buffer]) -> Written:
+def _write_digested(fd: int, chunks: Iterable[Buffer], before: Before) -> Written:
     digests: list[str] = []
     hasher = xxhash.xxh3_128()
     room = CHUNK_BYTES
@@ -297,6 +302,7 @@ def _write_digested(fd: int, chunks: Iterable[Buffer]) -> Written:
         nonlocal hasher, room, size
         start = 0
         while start < len(view):
+            before(size)
             part = view[start : start + min(_SLICE_BYTES, room)]
             hasher.update(part)
             _write_all(fd, part)
@@ -323,6 +329,7 @@ def _write_digested(fd: int, chunks: Iterable[Buffer]) -> Written:
     put(memoryview(gathered))
     if room < CHUNK_BYTES:
         digests.append(hasher.hexdigest())
+    before(size)
     return Written(size, tuple(digests))
 
 

@@ -322,6 +322,7 @@ def worker_spec(
     config = assignment.config
     nodes = [member.node for member in formation.members]
     every, copied = config.checkpoint.every, config.checkpoint.snapshot_every
+    bandwidth = config.checkpoint.max_bandwidth
     return {
         "run_id": assignment.run,
         "run_dir": str(assignment.run_directory),
@@ -348,6 +349,7 @@ def worker_spec(
             "every_steps": every.steps if isinstance(every, EverySteps) else None,
             "copy_steps": copied.steps if isinstance(copied, EverySteps) else None,
             "copies": config.checkpoint.mode == "async",
+            "bandwidth": None if bandwidth is None else bandwidth / local_size,
             "compare_every": config.checkpoint.compare_every,
             "waits": config.checkpoint.busy == "wait",
             "needs_copies": config.checkpoint.low_memory == "stop",

@@ -45,16 +45,22 @@ def save_share(
     position: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     cut_above: int = CUT_BYTES,
+    before: durable.Before = lambda written: None,
 ) -> ShardReport:
     """Writes what `rank` owes to the checkpoint `name` without a copy in memory, all of it durable on return.
 
     `flat` is the whole state, the same on every rank but for the parts of sharded tensors; `pinned` are the tensors
     that count on rank 0 alone, such as buffers. `position` is the data position, `metrics` what the program has
-    reported; both are taken from rank 0. SaveError: nothing of it counts; the next save has another name.
+    reported; both are taken from rank 0. `before` is called as in `durable.write_file`.
+    SaveError: nothing of it counts; the next save has another name.
     """
     plan, image = plan_share(flat.index(), flat.boxes, rank, world_size, pinned, cut_above)
     words = words_of(rank, flat, position, metrics)
-    return write_share(root, name, nonce, plan, words, lambda path: durable.write_file(path, content(flat, image)))
+
+    def store(path: Path) -> durable.Written:
+        return durable.write_file(path, content(flat, image), before=before)
+
+    return write_share(root, name, nonce, plan, words, store)
 
 
 def plan_share(

@@ -8,6 +8,7 @@ themselves (`share.save_share`).
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,34 @@ class Words:
     position: Mapping[str, Any] | None = None
     versions: Mapping[str, str] | None = None
     metrics: Mapping[str, Metric] | None = None
+
+
+TOLD_SECONDS = 0.2
+"""Between two words of how far a writing is."""
+
+
+def paced(bandwidth: float | None, told: Callable[[int], None]) -> durable.Before:
+    """Keeps a writing, which begins with the first call, to so many bytes per second; None: as many as there are.
+
+    `told` hears now and then how many bytes are written, also while it waits.
+    """
+    began: float | None = None
+    heard = time.monotonic()
+
+    def before(written: int) -> None:
+        nonlocal began, heard
+        began = time.monotonic() if began is None else began
+        due = began if bandwidth is None else began + written / bandwidth
+        while True:
+            now = time.monotonic()
+            if now >= heard + TOLD_SECONDS:
+                heard = now
+                told(written)
+            if now >= due:
+                return
+            time.sleep(min(due - now, TOLD_SECONDS))
+
+    return before
 
 
 Store = Callable[[Path], durable.Written]

@@ -35,7 +35,7 @@ from hpcft.checkpoint.pieces import TensorShape
 from hpcft.checkpoint.sharding import is_sharded, split
 from hpcft.checkpoint.share import content, plan_share, save_share, words_of
 from hpcft.checkpoint.tree import FlatState, StateError, flatten
-from hpcft.checkpoint.write import Plan
+from hpcft.checkpoint.write import Plan, paced
 from hpcft.data.ledger import LedgerWriter
 from hpcft.data.loader import Data
 from hpcft.errors import HpcftError, UsageError
@@ -297,6 +297,7 @@ class Saving:
             pinned=self._pinned(flat.tensors),
             position=self._position(),
             metrics=self.metrics,
+            before=paced(spec.bandwidth, lambda written: self._link.check_lease()),
         )
         self.metrics = {}
         took = time.monotonic() - began

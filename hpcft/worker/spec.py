@@ -82,6 +82,8 @@ class WorkerSpec:
     """Steps between two copies that are kept in memory; None: only when the agent asks."""
     copies: bool = False
     """A save is a copy into shared memory, and the agent writes; else this rank writes, and training waits."""
+    bandwidth: float | None = None
+    """Bytes per second that this rank writes at most, where it writes itself; None: as many as it can."""
     compare_every: int = 0
     """With every so many copies a rank compares what another one has; 0: never."""
     waits: bool = False
@@ -129,6 +131,7 @@ class WorkerSpec:
                 save_every=spec["checkpoint"]["every_steps"],
                 copy_every=spec["checkpoint"].get("copy_steps"),
                 copies=bool(spec["checkpoint"].get("copies", False)),
+                bandwidth=spec["checkpoint"].get("bandwidth"),
                 compare_every=int(spec["checkpoint"].get("compare_every", 0)),
                 waits=bool(spec["checkpoint"].get("waits", False)),
                 needs_copies=bool(spec["checkpoint"].get("needs_copies", False)),

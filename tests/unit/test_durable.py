@@ -10,6 +10,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,13 @@ def test_large_file_has_its_bytes_and_digests(tmp_path: Path, lengths: list[int]
     assert written.size == len(whole)
     expected = [xxhash.xxh3_128(whole[at : at + CHUNK]).hexdigest() for at in range(0, len(whole), CHUNK)]
     assert list(written.digests) == expected
+
+
+def test_a_large_file_says_how_far_it_is(tmp_path: Path) -> None:
+    told: list[int] = []
+    written = durable.write_file(tmp_path / "f", [b"1" * 10, b"2" * (CHUNK + 1), b"3" * 20], before=told.append)
+    assert told[0] == 0 and told[-1] == written.size == CHUNK + 31
+    assert 0 < max(later - one for one, later in pairwise(told)) <= 4 << 20
 
 
 def test_large_file_is_never_written_over(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from hpcft.config import Config
@@ -21,8 +22,9 @@ from hpcft.events import (
 )
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, RunId, Step, Term
 from hpcft.page import NodePage, Phase
-from hpcft.ranks import Assignment, Ranks, failure_of
+from hpcft.ranks import Assignment, Ranks, failure_of, worker_spec
 from hpcft.snapshots import SaveSettings, Snapshots
+from hpcft.worker.spec import WorkerSpec
 from hpcft.workers import WorkerExited, WorkerSaid, WorkerSpawned
 
 NODE = NodeId("node1")
@@ -68,6 +70,15 @@ def reach(page: NodePage, *steps: int) -> None:
     for slot, step in enumerate(steps):
         page.slot(slot).set_phase(Phase.TRAIN)
         page.slot(slot).end_update(step, 0.5, 1, 1)
+
+
+@pytest.mark.parametrize(("limit", "part"), [("1000B", 250.0), (None, None)])
+def test_ranks_that_write_themselves_share_the_nodes_bandwidth(limit: str | None, part: float | None) -> None:
+    checkpoint = {} if limit is None else {"max_bandwidth": limit}
+    config = Config.model_validate({"run": {"name": "r"}, "job": {"script": "train.py"}, "checkpoint": checkpoint})
+    assignment = Assignment(RunId("r"), Path("/runs/r"), NODE, "10.0.0.2", (), config)
+    told = worker_spec(assignment, FORMATION, 0, Rank(2), 4, ("10.0.0.1", 1))
+    assert WorkerSpec.parse(orjson.dumps({**told, "page_fd": 8, "control_fd": 9})).bandwidth == part
 
 
 def test_all_that_counts_is_said_again(page: NodePage) -> None:

@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +418,33 @@ def test_an_agent_that_hears_no_question_is_asked_again(agent: Agent) -> None:
     for _ in range(2):
         with pytest.raises(NoArenas, match="was not asked"):
             arenas.prepare(*plan_share(flat.index(), flat.boxes, Rank(0), 1))
+
+
+def test_what_a_rank_writes_itself_keeps_to_its_part_of_the_bandwidth(agent: Agent) -> None:
+    (agent.spec.run_directory / "checkpoints").mkdir()  # type: ignore[operator]
+    model, bandwidth = nn.Linear(100, 100), 200_000.0
+    saving = Saving(replace(agent.spec, copies=False, nonce="5eed", bandwidth=bandwidth), agent.link, CPU)
+    saving.remember(named({"model": model}), None, None)
+    saving.save(Step(1))
+    assert agent.hear() == ["shard"]
+    assert agent.said[0]["blocked"] >= sum(each.nbytes for each in model.parameters()) / bandwidth
+
+
+def test_a_rank_that_writes_slowly_ends_with_its_lease(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    (agent.spec.run_directory / "checkpoints").mkdir()  # type: ignore[operator]
+    saving = Saving(replace(agent.spec, copies=False, nonce="5eed", bandwidth=1.0), agent.link, CPU)
+    saving.remember(named({"model": nn.Linear(100, 100)}), None, None)
+
+    class Fenced(BaseException):
+        pass
+
+    def fence(link: Link) -> None:
+        raise Fenced
+
+    monkeypatch.setattr(Link, "_fence", fence)
+    agent.link.page.lease_until_ns = 1  # long ago
+    with pytest.raises(Fenced):
+        saving.save(Step(1))
 
 
 class Moody:
