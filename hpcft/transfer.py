@@ -11,10 +11,11 @@ Calls block, for `STALLED_SECONDS` at most without a byte; beyond that it is the
 from __future__ import annotations
 
 import hmac
-import math
+import selectors
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from hpcft import durable
 from hpcft.durable import CHUNK_BYTES
@@ -23,6 +24,8 @@ from hpcft.tcp import Address, numeric
 STALLED_SECONDS = 10.0
 PROOF_SECONDS = 2.0
 """For a connection to show the token."""
+PROVING = 64
+"""So many may be about to show it; for one more the one that came first is sent away."""
 TOKEN_BYTES = 32
 _DONE = b"\x01"
 
@@ -32,23 +35,72 @@ class TransferError(ValueError):
 
 
 def accept(listening: socket.socket, token: bytes, seconds: float = STALLED_SECONDS) -> socket.socket:
-    """The connection that shows the token; others are closed. TransferError: none came in time."""
+    """The connection that shows the token; others are closed. TransferError: none came in time.
+
+    All that have come may show it at the same time: nobody else can keep the right one out by saying nothing.
+    """
     until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        listening.settimeout(left)
+    waiting: dict[socket.socket, _Proof] = {}
+    """In the order in which they came, and in which their time is over."""
+    listening.setblocking(False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(listening, selectors.EVENT_READ)
+
+        def dismiss(connection: socket.socket) -> None:
+            selector.unregister(connection)
+            del waiting[connection]
+            connection.close()
+
         try:
-            connection, _ = listening.accept()
-        except TimeoutError:
-            break
-        try:
-            shown = _read(connection, TOKEN_BYTES, min(until, time.monotonic() + PROOF_SECONDS))
-            if hmac.compare_digest(shown, token):
-                connection.settimeout(STALLED_SECONDS)
-                return connection
-        except OSError:
-            pass  # it was somebody else, or will come again
-        connection.close()
+            while (now := time.monotonic()) < until:
+                for late in [each for each, proof in waiting.items() if proof.until <= now]:
+                    dismiss(late)
+                first = min((proof.until for proof in waiting.values()), default=until)
+                ready = {key.fileobj for key, _ in selector.select(min(first, until) - now)}
+                # what has come is read before one more can take its place
+                for connection in [each for each in waiting if each in ready]:
+                    try:
+                        done = waiting[connection].read(connection)
+                    except OSError:
+                        dismiss(connection)  # it was somebody else, or will come again
+                        continue
+                    if done and hmac.compare_digest(waiting[connection].shown, token):
+                        del waiting[connection]
+                        connection.settimeout(STALLED_SECONDS)
+                        return connection
+                    if done:
+                        dismiss(connection)
+                if listening in ready:
+                    if len(waiting) == PROVING:
+                        dismiss(next(iter(waiting)))
+                    with suppress(BlockingIOError, ConnectionAbortedError):
+                        connection, _ = listening.accept()
+                        connection.setblocking(False)
+                        waiting[connection] = _Proof(time.monotonic() + PROOF_SECONDS)
+                        selector.register(connection, selectors.EVENT_READ)
+        finally:
+            for connection in waiting:
+                connection.close()
     raise TransferError(f"nobody with the right token has come in {seconds:g} s")
+
+
+class _Proof:
+    """What a connection has shown of a token so far."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.shown = bytearray()
+
+    def read(self, connection: socket.socket) -> bool:
+        """Whether it is all there now; what follows is not touched. OSError: it will not come."""
+        try:
+            part = connection.recv(TOKEN_BYTES - len(self.shown))
+        except BlockingIOError:
+            return False
+        if not part:
+            raise ConnectionError("the connection was cut")
+        self.shown += part
+        return len(self.shown) == TOKEN_BYTES
 
 
 def receive(connection: socket.socket, parts: Sequence[tuple[memoryview, Sequence[str]]]) -> None:
@@ -81,20 +133,9 @@ def send(address: Address, token: bytes, parts: Sequence[tuple[int, int]]) -> No
             raise TransferError("the other node did not take it")
 
 
-def _read(connection: socket.socket, count: int, until: float) -> bytes:
-    """TimeoutError: they are not all there by then (monotonic), however busily they come."""
-    found = bytearray(count)
-    _fill(connection, memoryview(found), until)
-    return bytes(found)
-
-
-def _fill(connection: socket.socket, view: memoryview, until: float = math.inf) -> None:
+def _fill(connection: socket.socket, view: memoryview) -> None:
     filled = 0
     while filled < len(view):
-        left = until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        connection.settimeout(min(left, STALLED_SECONDS))
         count = connection.recv_into(view[filled:])
         if not count:
             raise ConnectionError("the connection was cut")

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,38 @@ def test_a_stranger_who_dribbles_does_not_keep_the_right_one_out(monkeypatch: py
         dribbling.join()
     assert said == ["whole"]
     os.close(file)
+
+
+@pytest.mark.parametrize("many", [5, 3 * transfer.PROVING])
+def test_strangers_who_say_nothing_do_not_keep_the_right_one_out(many: int) -> None:
+    """None of them has to leave before it may show its token."""
+    image = parts(PLAN)
+    file = memory_file("plan", PLAN)
+    with listen("127.0.0.1", 0) as listening, ExitStack() as strangers:
+        for _ in range(many):
+            strangers.enter_context(socket.create_connection(listening.getsockname()))
+        thread, said = receiving(listening, [image], seconds=transfer.PROOF_SECONDS)
+        transfer.send(listening.getsockname(), TOKEN, [(file, len(PLAN))])
+        thread.join()
+    assert said == ["whole"] and bytes(image[0]) == PLAN
+    os.close(file)
+
+
+def test_a_token_may_come_in_parts_while_others_are_sent_away() -> None:
+    image = parts(PLAN)
+    with listen("127.0.0.1", 0) as listening, ExitStack() as strangers:
+        thread, said = receiving(listening, [image])
+        with socket.create_connection(listening.getsockname()) as connection:
+            connection.sendall(TOKEN[:7])
+            for _ in range(5):
+                stranger = strangers.enter_context(socket.create_connection(listening.getsockname()))
+                stranger.sendall(b"f" * len(TOKEN))
+                with suppress(ConnectionResetError):
+                    assert stranger.recv(1) == b"", "it is told so at once"
+            connection.sendall(TOKEN[7:] + PLAN)
+            assert connection.recv(1) == b"\x01"
+        thread.join()
+    assert said == ["whole"] and bytes(image[0]) == PLAN
 
 
 def test_a_byte_that_is_not_what_was_sealed_refuses_all_of_it() -> None:
