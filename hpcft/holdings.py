@@ -10,7 +10,7 @@ occupy anybody's memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -49,9 +49,9 @@ class Held:
     blocked: float = 0.0
     """For how many seconds the copies stopped training, if that was said."""
 
-    def lost(self, holder: Holder) -> Held | None:
-        """Without what this agent has. None: of some share nobody has a copy any more."""
-        return self._with({node: tuple(e for e in known if e != holder) for node, known in self.holders.items()})
+    def lost(self, gone: Collection[Holder]) -> Held | None:
+        """Without what these agents have. None: of some share nobody has a copy any more."""
+        return self._with({node: tuple(e for e in known if e not in gone) for node, known in self.holders.items()})
 
     def dropped(self, node: NodeId) -> Held | None:
         """Without the copies that this node has of its own share."""
@@ -83,6 +83,8 @@ class Holdings:
     """Of the same steps: whose copies a neighbour has, and which one; None: it could not take them."""
     failed: frozenset[Step] = frozenset()
     """Those of the same steps of which some rank has no copy, and will have none."""
+    gone: frozenset[Holder] = frozenset()
+    """Agents that were lost in this generation: what is said late of its steps brings nothing of theirs back."""
     whole: tuple[Held, ...] = ()
     """What could be started from, oldest first: the newest that is safe, and newer ones."""
     blocked: Mapping[Step, float] = field(default_factory=dict)
@@ -156,7 +158,9 @@ class Holdings:
                 for node, known in held.holders.items()
             }
             safe = all(formation.neighbour(member.node) is None or member.node in settled for member in held.members)
-            whole.append(replace(held, holders=holders, safe=held.safe or safe))
+            left = replace(held, holders=holders, safe=held.safe or safe).lost(self.gone)
+            if left is not None:
+                whole.append(left)
         newest = max((number for number, held in enumerate(whole) if held.safe), default=0)
         return replace(self, whole=tuple(whole[newest:]))
 
@@ -201,8 +205,9 @@ class Holdings:
 
     def lost(self, node: NodeId, incarnation: Incarnation) -> Holdings:
         """An agent is gone, and its memory with it."""
-        left = [held.lost((node, incarnation)) for held in self.whole]
-        return replace(self, whole=tuple(each for each in left if each is not None))
+        gone = self.gone | {(node, incarnation)}
+        left = [held.lost(gone) for held in self.whole]
+        return replace(self, gone=gone, whole=tuple(each for each in left if each is not None))
 
     def all_took(self, step: Step, formation: Formation) -> bool:
         nodes = self.taken.get(step, {})

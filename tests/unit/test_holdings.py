@@ -220,6 +220,42 @@ def test_a_copy_that_was_kept_before_all_had_sealed_counts() -> None:
     assert known.safe is not None and known.usable((B, C), None) is not None
 
 
+def test_a_lost_keeper_does_not_come_back_by_what_others_say_late() -> None:
+    known = kept(held_by_all(10), 10, A).lost(B.node, B.incarnation)
+    assert known.held is None, "nobody has what B has made"
+    known = kept(held_by_all(10), 10, A, B).lost(B.node, B.incarnation)
+    for late in (
+        kept(known, 10, C),
+        known.kept(CopiesKept(B.node, Generation(1), Step(10), A.node), ABC),
+        known.took(SnapshotTaken(C.node, Generation(1), Step(20)), ABC),
+        known.took(SnapshotTaken(C.node, Generation(1), Step(10)), ABC),
+    ):
+        assert late.held is not None and late.held.holders[A.node] == ((A.node, A.incarnation),)
+        assert late.usable((A, C), None) is not None
+        assert late.lost(A.node, A.incarnation).held is None, "the last copies of A's share were A's"
+
+
+def test_a_step_that_a_lost_node_has_taken_costs_no_older_one_that_is_there() -> None:
+    """What others say late would make it whole and safe, with nobody who has the lost node's share."""
+    known = kept(held_by_all(10), 10, A, B, C)
+    for member in (A, B):
+        known = known.took(SnapshotTaken(member.node, Generation(1), Step(20)), ABC)
+    known = kept(known, 20, A, C).kept(CopiesAlone(B.node, Generation(1), Step(20), "no memory"), ABC)
+    late = SnapshotTaken(C.node, Generation(1), Step(20))
+    assert [each.snapshot for each in known.took(late, ABC).whole] == [ref(20)]
+    found = known.lost(B.node, B.incarnation).took(late, ABC)
+    assert [each.snapshot for each in found.whole] == [ref(10)] and found.usable((A, C), None) is not None
+
+
+def test_a_step_that_a_lost_node_has_taken_is_there_if_its_neighbour_has_its_copies() -> None:
+    known = Holdings()
+    for member in (A, B):
+        known = known.took(SnapshotTaken(member.node, Generation(1), Step(20)), ABC)
+    known = kept(known, 20, A, B).lost(B.node, B.incarnation)
+    found = known.took(SnapshotTaken(C.node, Generation(1), Step(20)), ABC).usable((A, C), None)
+    assert found is not None and found.handed_by((A, C)) == ("a", "c", "c")
+
+
 def test_a_node_that_lives_hands_out_its_own() -> None:
     known = kept(held_by_all(10), 10, A, B, C)
     assert known.held is not None and known.held.handed_by((C, A, B)) == ("a", "b", "c")
