@@ -187,13 +187,15 @@ class Commits:
         saves = self._of(snapshot.generation, snapshot.step)
         return saves is not None and snapshot.step in saves.dropped
 
-    def attempt(self, snapshot: CheckpointRef, *, anew: bool) -> str:
+    def attempt(self, snapshot: CheckpointRef, *, anew: bool) -> str | None:
         """The nonce under which a state in memory is to be written: that of the attempt under way, if there is one and
-        it is not to begin `anew`."""
+        it is not to begin `anew`. None: all ranks have written it, and that has not failed."""
         saves, step = self._of(snapshot.generation, snapshot.step), snapshot.step
         if saves is None:
             return secrets.token_hex(4)
-        if anew and step not in saves.settled:
+        if step in saves.settled and step not in saves.dropped:
+            return None
+        if anew and step not in saves.dropped:
             self._drop(saves, step)
         if step in saves.dropped:
             saves.attempts[step] = (*saves.attempts.get(step, ()), secrets.token_hex(4))

@@ -313,12 +313,28 @@ class Leader:
         self._broadcast(Forget(self._office.record.term, formation.generation, step, written))
 
     def _persist(self, snapshot: CheckpointRef, members: tuple[Member, ...], handed_by: tuple[NodeId, ...]) -> None:
-        """Have a state written that is in memory. Where it was ordered before, who is to write what has changed."""
+        """Have a state written that is in memory, unless it is written already. Where other nodes are to write than
+        before, that is another attempt: whoever is gone may have left files of this one, finished or not."""
         known = self._writing
-        again = known is not None and known.snapshot == snapshot and known.handed_by != handed_by
-        nonce = self._commits.attempt(snapshot, anew=again)
-        self._writing = Persist(self._office.record.term, snapshot, members, handed_by, nonce)
-        self._broadcast(self._writing)
+        if known is not None and known.snapshot == snapshot:
+            before = known.handed_by
+        else:
+            before = tuple(member.node for member in members)  # each its own, in the save that they were made for
+        nonce = self._commits.attempt(snapshot, anew=handed_by != before)
+        self._writing = None
+        if nonce is not None:
+            self._writing = Persist(self._office.record.term, snapshot, members, handed_by, nonce)
+            self._broadcast(self._writing)
+
+    def _go_on_writing(self, formation: Formation) -> None:
+        """What becomes of the state in memory that this generation starts from. Agents go on with their own copies by
+        themselves (`Snapshots.hand_out`); more is to be said where one of them is gone, or an attempt has failed."""
+        origin, handed = formation.restore, formation.handed_out()
+        replaced = any(made.node != now.node for made, now in handed)
+        if formation.memory and origin is not None and (replaced or self._commits.has_failed(origin)):
+            self._persist(origin, tuple(made for made, _ in handed), tuple(now.node for _, now in handed))
+        else:
+            self._writing = None
 
     def _post(self, event: Event) -> None:
         """From any thread."""
@@ -341,10 +357,8 @@ class Leader:
                 self._renewal_wanted = time.monotonic()
                 self._renewal.hurry()
                 self._broadcast(Prepare(formation))
-                self._forgotten, self._writing = {}, None
-                origin, handed = formation.restore, formation.handed_out()
-                if formation.memory and origin is not None and self._commits.has_failed(origin):
-                    self._persist(origin, tuple(made for made, _ in handed), tuple(now.node for _, now in handed))
+                self._forgotten = {}
+                self._go_on_writing(formation)
                 self._spawn(self._open_meeting(formation.generation), "meeting")
             case Commit():
                 self._broadcast_start()

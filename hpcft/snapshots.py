@@ -18,7 +18,7 @@ under the same rules.
 
 A copy belongs to the generation that made it. When the next one begins, what is still being written of the last
 one is given up, unless it is the state that this one starts from: then that goes on to become a checkpoint, or begins
-to.
+to. Where the leader orders another attempt (`persist`), all that was written in the one before is of no use.
 """
 
 from __future__ import annotations
@@ -116,12 +116,17 @@ class Snapshots:
         self._visits.begin()
 
     def hand_out(self) -> None:
-        """Give the workers, which are there by now, what they start from; and go on making it durable."""
+        """Give the workers, which are there by now, what they start from; and go on making it durable.
+
+        That is what this node has made itself. A guest's copy is written when the leader says so, and under which nonce
+        (`persist`): its own node may have written it before it was lost, in part or in whole.
+        """
         formation = self._formation
         if formation is None or not formation.memory:
             return
-        ranks = {Rank(each) for made, now in formation.handed_out() if now.node == self._node for each in made.ranks()}
-        held = self._sealed(formation.restore, ranks)
+        handed = [made for made, now in formation.handed_out() if now.node == self._node]
+        own = {Rank(each) for made in handed if made.node == self._node for each in made.ranks()}
+        held = self._sealed(formation.restore, {Rank(each) for made in handed for each in made.ranks()})
         for worker in [share.worker for share in self._shares.values() if share.worker]:
             for _, slot, copy in held:
                 assert copy.digests is not None
@@ -130,7 +135,7 @@ class Snapshots:
                 self._answer(worker, about, fds)
             self._answer(worker, {"kind": "images", "count": len(held)}, ())
         for share, slot, copy in held:
-            if copy.work is None and copy.outcome is None:
+            if copy.label.rank in own and copy.work is None and copy.outcome is None:
                 self._begin_to_write(share, slot, copy)
 
     def persist(self, order: Persist) -> None:

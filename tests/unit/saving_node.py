@@ -217,7 +217,7 @@ class SavingNode:
         """Have what is held written once more, as before the run leaves."""
         snapshot = CheckpointRef(Step(step), Generation(self.generation))
         nonce = self._commits.attempt(snapshot, anew=False)
-        assert self._formation is not None
+        assert self._formation is not None and nonce is not None
         self.snapshots.persist(Persist(Term(1), snapshot, self._formation.members, (NODE,), nonce))
 
     def retain(self, lineage: tuple[CheckpointRef, ...]) -> None:

@@ -191,9 +191,45 @@ def test_what_is_in_memory_can_be_written_once_more(tmp_path: Path) -> None:
             commits.reported(Generation(1), Step(100), Rank(rank), shard.to_json())
         done = next_event()
         assert isinstance(done, CheckpointCommitted) and done.checkpoint == ref(100)
-        assert commits.attempt(ref(100), anew=False) == nonce, "nothing is left to be tried"
+        assert commits.attempt(ref(100), anew=True) is None, "nothing is left to be tried"
     assert left(tmp_path) == [(100, 1)]
     assert unfinished(tmp_path) == []
+
+
+@pytest.mark.parametrize("reported", [False, True])
+def test_another_attempt_has_nothing_of_what_a_lost_node_has_written(tmp_path: Path, reported: bool) -> None:
+    """Whether that was half of a file, or all of them; its neighbour writes in its place, and the others once more."""
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(1, None))
+        state = flatten(training_state(100))
+        first = save(tmp_path, state, 100, world_size=WORKERS)
+        staging = tmp_path / staging_name(first[0].name, NONCE)
+        if reported:
+            commits.reported(Generation(1), Step(100), Rank(1), first[1].to_json())
+        else:
+            (shard,) = staging.glob("shard-00001-*.safetensors")
+            os.truncate(shard, 1000)
+        commits.follow(replace(formation(2, ref(100)), memory=formation(1, None).members))
+        nonce = commits.attempt(ref(100), anew=True)
+        assert nonce not in (None, NONCE) and not commits.has_failed(ref(100))
+        commits.failed(Generation(1), Step(100), Rank(0), "what it wrote is in the trash", NONCE)  # late
+        commits.reported(Generation(1), Step(100), Rank(0), first[0].to_json())
+        for rank, shard_report in enumerate(save(tmp_path, state, 100, world_size=WORKERS, nonce=nonce or "")):
+            commits.reported(Generation(1), Step(100), Rank(rank), shard_report.to_json())
+        done = next_event()
+        assert isinstance(done, CheckpointCommitted) and done.checkpoint == ref(100), done
+    assert left(tmp_path) == [(100, 1)] and unfinished(tmp_path) == []
+
+
+def test_what_all_have_written_is_not_written_again(tmp_path: Path) -> None:
+    with thread(tmp_path) as (commits, next_event):
+        commits.follow(formation(1, None))
+        report(commits, tmp_path, 100, 1)
+        assert commits.attempt(ref(100), anew=True) is None, "its commit is on its way, if not done"
+        commits.follow(replace(formation(2, ref(100)), memory=formation(1, None).members))
+        assert commits.attempt(ref(100), anew=True) is None
+        assert isinstance(next_event(), CheckpointCommitted)
+    assert left(tmp_path) == [(100, 1)] and unfinished(tmp_path) == []
 
 
 def test_a_commit_that_fails_can_be_tried_again(tmp_path: Path) -> None:

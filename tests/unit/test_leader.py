@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,19 +11,29 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from checkpoint_samples import NONCE, RUN, save, training_state
 
 from hpcft import stream, terms
+from hpcft.checkpoint.layout import checkpoint_name
+from hpcft.checkpoint.manifest import ShardReport
+from hpcft.checkpoint.tree import flatten
+from hpcft.commits import Commits, Retention
 from hpcft.events import (
     CheckpointCommitted,
     CheckpointRef,
     CheckpointsFound,
+    CopiesKept,
+    Event,
     Forget,
     Keep,
+    KeeperVanished,
     NodeJoined,
+    Persist,
     Prepare,
     SnapshotDropped,
     SnapshotTaken,
     Termination,
+    WorkersVanished,
 )
 from hpcft.ids import Generation, Incarnation, NodeId, RunId, Step, Term
 from hpcft.journal import PROGRESS_SECONDS, Replayed
@@ -110,6 +120,8 @@ def a_leader(
     control: JobControl,
     address: tuple[str, int] = ("127.0.0.1", 4711),
     retain: Callable[[tuple[CheckpointRef, ...]], None] = lambda lineage: None,
+    commits: Callable[[Callable[[Event], None]], Commits] | None = None,
+    minimum_nodes: int = 2,
 ) -> Leader:
     run.prepare()
     return Leader(
@@ -118,11 +130,15 @@ def a_leader(
             directory=run,
             record=TermRecord(Term(2), NodeId("a"), Incarnation("a2"), *address, "7.0"),
         ),
-        Rules(Timing(1.0, 3.0, 5.0), minimum_nodes=2, join_timeout=0.2),
+        Rules(Timing(1.0, 3.0, 5.0), minimum_nodes=minimum_nodes, join_timeout=0.2),
         Replayed(World(), 0.0, None, 0),
         control,
-        commits=lambda deliver, held: SimpleNamespace(  # type: ignore[arg-type, return-value]
-            close=lambda: None, settled=lambda step: False, retain=retain
+        commits=lambda deliver, held: (
+            SimpleNamespace(  # type: ignore[arg-type, return-value]
+                close=lambda: None, settled=lambda step: False, retain=retain
+            )
+            if commits is None
+            else commits(deliver)
         ),
         view=lambda world, rules, now: {},
     )
@@ -242,4 +258,68 @@ async def test_whoever_joins_hears_again_which_copies_are_of_use(tmp_path: Path)
         Keep(term, generation, Step(10)),
         Forget(term, generation, Step(11), True),
         Forget(term, generation, Step(12), False),
+    ]
+
+
+@pytest.mark.parametrize("minimum_nodes", [1, 2])
+@pytest.mark.parametrize("durable", [False, True])
+async def test_what_a_lost_node_was_saving_is_written_from_its_neighbours_copy(
+    tmp_path: Path, minimum_nodes: int, durable: bool
+) -> None:
+    """Its files of that save are there, and even reported. With enough nodes another generation starts meanwhile."""
+    import_torch()
+    run = RunDirectory(tmp_path)
+    leader = a_leader(
+        run,
+        Busy(),
+        commits=lambda deliver: Commits(run.checkpoints, RUN, Retention(2, 0), deliver),
+        minimum_nodes=minimum_nodes,
+    )
+    in_office = asyncio.Event()
+    leading = asyncio.create_task(leader.lead(SECRET, in_office.set))
+    await asyncio.wait_for(in_office.wait(), 30)
+    world = training(step=10, since=leader.now())
+    assert world.formation is not None
+    formation = replace(world.formation, nonce=NONCE, neighbours=True)
+    a, b = formation.members
+    leader._commits.follow(formation)
+    leader.world = replace(world, formation=formation)
+    snapshot, state = CheckpointRef(Step(10), Generation(1)), flatten(training_state(10))
+    for made, keeper in ((a, b), (b, a)):
+        leader.feed(SnapshotTaken(made.node, Generation(1), Step(10)))
+        leader.feed(CopiesKept(keeper.node, Generation(1), Step(10), made.node))
+
+    def report(shards: Sequence[ShardReport]) -> None:
+        for each in shards:
+            leader.shard_reported(1, 10, each.rank, each.to_json(), {})
+
+    async def committed() -> None:
+        async with asyncio.timeout(30):
+            while snapshot not in leader.world.checkpoints:  # noqa: ASYNC110 the leader is all there is to look at
+                await asyncio.sleep(0.01)
+
+    first = save(run.checkpoints, state, 10, world_size=4)
+    report(first if durable else first[b.first_rank :])
+    if durable:
+        await committed()
+    leader.feed(WorkersVanished(b.node, b.incarnation))
+    leader.feed(KeeperVanished(b.node, b.incarnation))
+    assert leader.world.generation == (2 if minimum_nodes == 1 else 1)
+    said: list[Mapping[str, Any]] = []
+    leader.join(NodeJoined(a.node, a.incarnation, a.address, a.workers, a.port), said.append)
+    orders = [decode_order(message["order"]) for message in said if "order" in message]
+    asked = [order for order in orders if isinstance(order, Persist)]
+    if durable:
+        assert not asked, "it is a checkpoint already"
+    else:
+        (order,) = asked
+        assert (order.snapshot, order.members, order.handed_by) == (snapshot, (a, b), (a.node, a.node))
+        report(save(run.checkpoints, state, 10, world_size=4, nonce=order.nonce))
+        await committed()
+    leader._deposed("enough")
+    with pytest.raises(SteppedDown):
+        await asyncio.wait_for(leading, 30)
+    assert sorted(path.name for path in run.checkpoints.iterdir() if path.name != ".trash") == [
+        "LATEST",
+        checkpoint_name(Step(10), Generation(1)),
     ]

@@ -17,6 +17,7 @@ import pytest
 
 from hpcft import durable, guests, process, stream, transfer
 from hpcft.checkpoint.arena import Arena, memory_file
+from hpcft.checkpoint.layout import checkpoint_name, staging_name
 from hpcft.checkpoint.write import Plan
 from hpcft.events import CheckpointRef, CopiesAlone, CopiesKept, Event, Formation, Member, Persist, SnapshotTaken
 from hpcft.ids import Generation, Incarnation, NodeId, Rank, Step, Term
@@ -327,12 +328,67 @@ def test_a_copy_comes_to_the_neighbour_and_is_handed_out_and_written_there(tmp_p
             b.begin(replace(last, restore=restore, memory=first.members, handed_by=by, neighbours=False))
             b.snapshots.hand_out()
             assert b.handed_out() == {0: CONTENT, 1: CONTENT[::-1]}
-            await until(lambda: len(b.told) == 2)
-            assert all("shard" in message for _, message in b.told), b.told
-            reports = {rank: message["shard"]["report"] for rank, message in b.told}
-            assert sorted(reports) == [0, 1] and all(each["name"] == "step-00000010-g0001" for each in reports.values())
-            shards = sorted(tmp_path.glob(".tmp-step-00000010-g0001-*/*.safetensors"))  # noqa: ASYNC240
-            assert [each.read_bytes() for each in shards] == [CONTENT, CONTENT[::-1]]
+            await until(lambda: len(b.told) == 1)
+            assert b.told[0][0] == 1 and not b.snapshots.report(), "its own; what a has made, a may have written"
+            b.snapshots.persist(Persist(Term(1), restore, first.members, by, "0000000b"))
+            await until(lambda: len(b.told) == 3)
+            assert written(b.told[1:]) == {0: "0000000b", 1: "0000000b"}
+            assert contents(tmp_path, 10, "0000000b") == [CONTENT, CONTENT[::-1]]
+
+    asyncio.run(scenario())
+
+
+def written(told: list[tuple[Rank, Mapping[str, Any]]]) -> dict[int, str]:
+    """The nonces under which ranks have written their shares."""
+    assert all("shard" in message for _, message in told), told
+    return {rank: message["shard"]["report"]["nonce"] for rank, message in told}
+
+
+def contents(root: Path, step: int, nonce: str) -> list[bytes]:
+    """Of the shards, by rank."""
+    directory = root / staging_name(checkpoint_name(Step(step), Generation(1)), nonce)
+    return [each.read_bytes() for each in sorted(directory.glob("*.safetensors"))]
+
+
+def test_what_a_lost_node_has_written_is_in_nobodys_way(tmp_path: Path) -> None:
+    """Its neighbour, which has its copy, writes in another attempt, as all others do."""
+
+    async def scenario() -> None:
+        async with two(tmp_path) as (a, b, first):
+            await a.copies(10, durable=True)
+            await b.copies(10, CONTENT[::-1], durable=True)
+            await until(lambda: CopiesKept(NodeId("b"), Generation(1), Step(10), NodeId("a")) in b.said)
+            await until(lambda: bool(a.told and b.told))
+            assert written([*a.told, *b.told]) == {0: first.nonce, 1: first.nonce}
+            b.told.clear()
+            restore, by = CheckpointRef(Step(10), Generation(1)), (NodeId("b"), NodeId("b"))
+            b.snapshots.persist(Persist(Term(1), restore, first.members, by, "0000000b"))  # it comes before the start
+            last = replace(first, generation=Generation(2), members=(replace(b.member, first_rank=Rank(0)),))
+            b.begin(replace(last, restore=restore, memory=first.members, handed_by=by, neighbours=False))
+            b.snapshots.hand_out()
+            await until(lambda: len(b.told) == 2 and not b.snapshots.report())
+            assert written(b.told) == {0: "0000000b", 1: "0000000b"}
+            assert contents(tmp_path, 10, "0000000b") == [CONTENT, CONTENT[::-1]]
+
+    asyncio.run(scenario())
+
+
+def test_what_is_durable_already_is_not_written_by_who_hands_it_out(tmp_path: Path) -> None:
+    """All have reported, so there is no order to write it."""
+
+    async def scenario() -> None:
+        async with two(tmp_path) as (a, b, first):
+            await a.copies(10, durable=True)
+            await b.copies(10, CONTENT[::-1], durable=True)
+            await until(lambda: CopiesKept(NodeId("b"), Generation(1), Step(10), NodeId("a")) in b.said)
+            await until(lambda: bool(a.told and b.told))
+            restore, by = CheckpointRef(Step(10), Generation(1)), (NodeId("b"), NodeId("b"))
+            last = replace(first, generation=Generation(2), members=(replace(b.member, first_rank=Rank(0)),))
+            tasks = set(b.tasks)
+            b.begin(replace(last, restore=restore, memory=first.members, handed_by=by, neighbours=False))
+            b.snapshots.hand_out()
+            assert b.handed_out() == {0: CONTENT, 1: CONTENT[::-1]}
+            assert b.tasks == tasks, "nothing was begun"
 
     asyncio.run(scenario())
 
