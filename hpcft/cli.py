@@ -412,6 +412,8 @@ def completion_command(shell: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; the console script exits with it."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdout is None:  # `>&-`
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the end
     try:
         result = cli.main(given, prog_name="hpcft", standalone_mode=False)
         sys.stdout.flush()

@@ -133,4 +133,5 @@ def _summary(status: Mapping[str, Any], counts_steps: bool) -> str:
     if counts_steps:
         loss = "" if status["loss"] is None else f"final loss {status['loss']:.4f}, "
         took = f"{loss}goodput {goodput(status)}"
-    return f"{verdict['outcome']}  {verdict['reason']}, {took}, {counted(len(status['incidents']), 'incident')}"
+    outcome = "" if verdict["reason"].startswith(verdict["outcome"]) else f"{verdict['outcome']}  "
+    return f"{outcome}{verdict['reason']}, {took}, {counted(len(status['incidents']), 'incident')}"

@@ -104,7 +104,7 @@ def apply(world: World, event: Event, now: float) -> World:
             # an empty directory may be one that is not mounted: it counts again when it is there
             left = world.checkpoints if event.branch or not event.checkpoints else None
             found = replace(world, checkpoints=event.checkpoints, asked=asked, saved=saved, turned_from=left)
-            return _turn_back(found, found.restore.step if found.restore else Step(0))
+            return found if event.branch else _turn_back(found, found.restore.step if found.restore else Step(0))
         case NodeJoined():
             return _join(world, event, now)
         case NodeHeard():
@@ -355,6 +355,8 @@ def _begin_training(world: World, now: float) -> World:
     if world.training_since is not None:
         return world
     waited = world.waiting_to_recover(now)
+    if world.turned_from is not None:  # what the branch leaves behind is undone from now on
+        world = _turn_back(world, world.base_step)
     return replace(world, training_since=now, recovering=world.recovering + waited, turned_from=None)
 
 

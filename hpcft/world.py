@@ -375,7 +375,7 @@ class World:
         if self.training_since is None:
             recovery += self.waiting_to_recover(now)
         else:
-            until = self.trained_until(now)
+            until = max(self.training_since, self.trained_until(now))
             kept += until - self.training_since
             recovery += now - until
         return Accounts(kept, self.undone_seconds, recovery, max(0.0, now - kept - self.undone_seconds - recovery))

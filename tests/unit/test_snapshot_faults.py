@@ -148,8 +148,9 @@ async def hang(node: SavingNode, server: fuse.Server, mood: int) -> None:
     skipped = await node.outcome()
     assert skipped.step == 4 and "still being written" in getattr(skipped, "reason", "")
     hanging = node.carrier(0)
-    saves = node.report().saves
-    assert {each.step for each in saves} == {2, 3} and all(each.silent > 0 for each in saves)
+    # by then its call has come to the file system
+    await until(lambda: all(each.silent > 0.3 for each in node.report().saves))
+    assert {each.step for each in node.report().saves} == {2, 3}
     node.begin(model=model)
     await node.prepare()
     saved = await node.save(5, wait=True)

@@ -306,7 +306,16 @@ def test_steps_that_a_branch_leaves_behind_were_not_kept() -> None:
     assert astuple(world.accounts(50.0)) == pytest.approx((40.0, 0.0, 0.0, 10.0))
     branch = CheckpointsFound((ref(20),), "--from 20")
     world = happen(world, began("ab", term=2, allocation="8.0"), branch, now=50.0)
+    assert astuple(world.accounts(50.0)) == pytest.approx((40.0, 0.0, 0.0, 10.0)), "it may come to nothing"
+    world = happen(world, proposed(formation("ab", 2, ref(20))), committed(2), ready("a", 2), ready("b", 2), now=50.0)
     assert astuple(world.accounts(50.0)) == pytest.approx((20.0, 20.0, 0.0, 10.0))
+
+
+def test_a_worker_that_failed_before_the_others_were_ready_has_trained_nothing() -> None:
+    world = happen(World(), began("ab"), joined("a"), joined("b"), proposed(formation("ab", 1)), committed(1), now=10.0)
+    world = happen(world, ready("a"), failed("a", 0), now=11.0)
+    world = happen(world, ready("b"), now=12.0)
+    assert world.goodput(13.0) == 0.0
 
 
 def test_what_nobody_led_was_no_training() -> None:
