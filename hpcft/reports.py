@@ -92,6 +92,7 @@ def list_checkpoints(run: RunDirectory) -> Listing:
         manifest = damage = unreadable = None
         try:
             manifest, _ = read.read_manifest(entry.directory)
+            damage = "; ".join(map(str, read.glance(entry.directory))) or None
         except NotFoundError:
             continue  # retired while we looked
         except CheckpointDamagedError as error:

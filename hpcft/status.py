@@ -365,6 +365,11 @@ def _silence_of(status: Mapping[str, Any]) -> str:
     return f" (but its leader has been silent for {human_duration(status['age_seconds'])})"
 
 
+def _is_current(status: Mapping[str, Any]) -> bool:
+    """Whether what passes with time is still true: not of a run that has ended, or whose leader has been silent."""
+    return status["verdict"] is None and bool(status.get("live", True))
+
+
 def _progress(status: Mapping[str, Any]) -> str:
     parts = [str(status["step"])]
     if status["total_steps"] is not None:
@@ -373,7 +378,7 @@ def _progress(status: Mapping[str, Any]) -> str:
         parts.append(f"{status['steps_per_second']:.1f} steps/s")
     if status["tokens_per_second"] is not None:
         parts.append(f"{status['tokens_per_second']:.0f} tokens/s")
-    if status["eta_seconds"] is not None and status["verdict"] is None:
+    if status["eta_seconds"] is not None and _is_current(status):
         parts.append(f"done in {human_duration(status['eta_seconds'])}")
     return ", ".join(parts)
 
@@ -387,7 +392,7 @@ def _node_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
     yield f"  {'NODE':<{name}}{'STATE':<14}{'HEARTBEAT':>10}  {'RANKS' if plain else 'RANKS (step, steps/s)'}"
     workers = {worker["rank"]: worker for worker in status["workers"]}
     for node in status["nodes"]:
-        age = "-" if status["verdict"] is not None else f"{node['heartbeat_age_seconds']:.1f} s"
+        age = f"{node['heartbeat_age_seconds']:.1f} s" if _is_current(status) else "-"
         before = f"  {node['node']:<{name}}{node['state']:<14}{age:>10}  "
         ranks = [_rank(workers[rank], plain) for rank in node["ranks"] if rank in workers]
         for row in _rows(ranks, width - len(before)):

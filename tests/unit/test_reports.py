@@ -83,6 +83,14 @@ def test_quarantined_checkpoints_are_named(run: RunDirectory) -> None:
     assert "quarantined: step-00000100-g0001" in listing.text()
 
 
+def test_a_missing_file_is_listed_without_reading_any(run: RunDirectory) -> None:
+    directory = committed(run.checkpoints, 100).directory
+    (directory / "state.json").unlink()
+    (listed,) = reports.list_checkpoints(run).checkpoints
+    assert listed.damage is not None and "state.json" in listed.damage and listed.world_size is not None
+    assert "DAMAGED: state.json" in reports.list_checkpoints(run).text()
+
+
 def test_a_run_without_checkpoints(run: RunDirectory) -> None:
     assert reports.list_checkpoints(run).text() == "the run run has no checkpoint yet"
 

@@ -189,6 +189,13 @@ def killed(step: int) -> Failure:
     return Failure(FailureKind.KILLED, "SIGKILL", Step(step), tail=("the last line",))
 
 
+def test_of_a_leader_that_is_silent_nothing_is_said_that_passes_with_time() -> None:
+    seen = status.snapshot(Scene().begin().join().acknowledge().train(10).train(20).world, RULES, 9.0)
+    alive, silent = (status.render({**seen, "live": live, "age_seconds": 40.0}) for live in (True, False))
+    assert "done in" in alive and " 0.0 s" not in silent and "done in" not in silent
+    assert "leader has been silent for 40" in silent
+
+
 def test_a_branch_that_came_to_nothing_has_left_nothing_behind() -> None:
     def listed() -> list[int]:
         return [each["step"] for each in status.snapshot(scene.world, RULES, scene.now)["checkpoints"]]
