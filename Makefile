@@ -11,9 +11,8 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 PYTEST := $(BIN)/python -m pytest -q --no-header -rfEs
+# those on a cluster stay alone: one of them has as many processes as a small machine can bear
 SIDE_BY_SIDE := -n 2
-# and beside them those on a cluster, one after another: they mostly wait
-BESIDE_A_CLUSTER := -n 3 --dist loadgroup
 SOURCES := $(shell find hpcft -name '*.py' -o -name '*.sbatch' 2>/dev/null)
 say = @printf '\n== %s\n' "$(1)"
 
@@ -43,8 +42,10 @@ test: $(DEV) ## everything: set-up, check, and all tests, those on a real Slurm 
 	@$(MAKE) --no-print-directory binary
 	$(call say,unit and scenario tests)
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "not local and not slurm and not drill"
-	$(call say,end to end: on this machine, and on a real Slurm cluster)
-	@$(PYTEST) $(BESIDE_A_CLUSTER) -m "(local or slurm) and not drill"
+	$(call say,end to end on this machine)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "local and not slurm and not drill"
+	$(call say,end to end on a real Slurm cluster)
+	@$(PYTEST) -m "slurm and not drill"
 
 .PHONY: check
 check: $(DEV) ## format, lint, types, import layers

@@ -21,13 +21,6 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Clusters one after another, on one worker of xdist: they mostly wait, so that other tests can run beside them."""
-    for item in items:
-        if item.get_closest_marker("slurm"):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # Here and not in a fixture: pytest folds skips of one place and one reason into one line.
     if item.get_closest_marker("slurm") and (why := why_no_cluster()):

@@ -74,6 +74,7 @@ def test_power_off_a_node(cluster: Cluster) -> None:
     assert run.ledger().exact, run.ledger()
 
 
+@pytest.mark.drill
 def test_power_off_below_the_minimum(cluster: Cluster) -> None:
     run = SlurmRun(cluster, "below", {**EXACT, "nodes.min": 4, "nodes.join_timeout": "20s"}).submit()
     run.trains(past=13)
@@ -159,6 +160,7 @@ def test_killed_agent(cluster: Cluster, undisturbed: SlurmRun) -> None:
     assert run.ledger().exact, run.ledger()
 
 
+@pytest.mark.drill
 def test_stopped_agent(cluster: Cluster) -> None:
     run = SlurmRun(cluster, "stopped", SLOW).submit()
     run.trains(past=13)
@@ -260,6 +262,7 @@ def test_scancel(cluster: Cluster) -> None:
     assert last["step"] == status["step"] > 13, "the one checkpoint is that of the step at which it stopped"
 
 
+@pytest.mark.drill
 def test_slurmctld_away(cluster: Cluster, undisturbed: SlurmRun) -> None:
     run = SlurmRun(cluster, "ctld", SLOW).submit()
     before = run.trains(past=5)
