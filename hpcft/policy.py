@@ -354,8 +354,8 @@ def _recover(world: World, rules: Rules, now: float, what: str) -> Decided:
 
 
 def _stop_damaged(world: World, what: str) -> Decided:
-    if world.asked is not None and world.standing:
-        newest = world.standing[-1].step
+    if world.asked is not None and world.turned_from:
+        newest = world.turned_from[-1].step
         return _stop(
             ExitCode.DAMAGED, f"{what}; a start without --from goes on from step {newest}, as if nothing had been"
         )

@@ -104,7 +104,7 @@ def apply(world: World, event: Event, now: float) -> World:
             # an empty directory may be one that is not mounted: it counts again when it is there
             left = world.checkpoints if event.branch or not event.checkpoints else None
             found = replace(world, checkpoints=event.checkpoints, asked=asked, saved=saved, turned_from=left)
-            return found if event.branch else _turn_back(found, found.restore.step if found.restore else Step(0))
+            return found if left is not None else _turn_back(found, event.checkpoints[-1].step)
         case NodeJoined():
             return _join(world, event, now)
         case NodeHeard():

@@ -96,6 +96,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_not_replaced_silently(tmp_pa
     with run.start("--from", "10"):
         run.ends(16)
     assert "the checkpoint of step 10 is damaged" in run.said()
+    assert "a start without --from goes on from step 20" in run.said()
     with run.start():
         status = run.ends(0)
     assert status["restored"]["step"] == 20, "a branch that came to nothing has changed nothing"
